@@ -1,0 +1,82 @@
+"""What a query may see: the frozen description that every attention backend reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+
+
+MaskFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The mask and the score function of one attention call: frozen, hashable, without arrays.
+
+    A query sees a key if both are of the same segment (never a negative one) and every rule below
+    allows it. Positions are the caller's int32 data, so a window is measured in positions, not in
+    slots.
+
+    Fields:
+      causal: kv_pos <= q_pos.
+      window: q_pos - kv_pos < window: `window` positions are seen, the query's own included.
+        It bounds the past only; together with `causal` it is the sliding window.
+      soft_cap: scores become soft_cap * tanh(scores / soft_cap), after the scale.
+      scale: factor on q . k; None is head_dim ** -0.5.
+      sink_tokens: keys at positions < sink_tokens stay visible outside the window (same segment,
+        and causal where that is asked).
+      mask_fn: a module-level function of (q_pos, kv_pos, q_seg, kv_seg), int32 arrays that
+        broadcast, giving bool, ANDed with the rest. Module-level, so that it is hashed by name and
+        does not compile anew at every call. Blocks are never skipped on its account.
+      ordered: the caller's promise that q and kv are the same tokens in the same order, that the
+        tokens of one segment stand together and segments do not decrease along the row, and that
+        positions strictly increase inside a segment (tokens of a negative segment may stand at
+        either end of a row). It changes no result: it lets causal and window skipping be decided
+        by index when the program is compiled.
+      block_q, block_kv: block lengths in tokens; None lets the backend choose.
+
+    Raises ValueError for a value that describes no attention.
+    """
+
+    causal: bool = True
+    window: int | None = None
+    soft_cap: float | None = None
+    scale: float | None = None
+    sink_tokens: int = 0
+    mask_fn: MaskFn | None = None
+    ordered: bool = False
+    block_q: int | None = None
+    block_kv: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("window", "block_q", "block_kv"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 1):
+                raise ValueError(f"AttentionSpec.{name} is {value!r}: give an int >= 1, or None")
+        if not _is_int(self.sink_tokens) or self.sink_tokens < 0:
+            raise ValueError(
+                f"AttentionSpec.sink_tokens is {self.sink_tokens!r}: give an int >= 0"
+            )
+        if self.soft_cap is not None and not (
+            math.isfinite(self.soft_cap) and self.soft_cap > 0
+        ):
+            raise ValueError(
+                f"AttentionSpec.soft_cap is {self.soft_cap!r}: give a finite number > 0, or None"
+            )
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise ValueError(
+                f"AttentionSpec.scale is {self.scale!r}: give a finite number, or None"
+            )
+        if self.mask_fn is not None and not callable(self.mask_fn):
+            raise ValueError("AttentionSpec.mask_fn is not callable: give a module-level function")
+
+    def scale_for(self, head_dim: int) -> float:
+        """The factor on q . k for this head_dim."""
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,1 @@
+"""memtrain trains language models that remember."""

@@ -1,0 +1,54 @@
+"""What a run reads. Imports no JAX: the command line builds this before anything heavy."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallTask:
+    """A generated recall task mixed into the text (see `memtrain.data.recall`)."""
+
+    share: float = 0.1
+    """Share of the rows of every batch, on average, that hold this task: 0 to 1."""
+    num_facts: int = 8
+    """Key-value facts told in one row."""
+    num_queries: int = 8
+    """Facts asked for in one row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MqarTask:
+    """Multi-query associative recall (Arora et al. 2023, Zoology) instead of text."""
+
+    vocab_size: int = 8192
+    num_pairs: int = 4
+    """Key-value pairs at the start of each row."""
+    power: float = 0.01
+    """Exponent of the power law from which the gaps to the queries are drawn."""
+    num_train: int = 100_000
+    num_validation: int = 3_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Sources, tokenizer, order and split."""
+
+    path: tuple[str, ...] = ("stdlib",)
+    """Files, globs or folders (.txt and any text, .gz, .xz, .jsonl, .array_record), or "stdlib":
+    the Python standard library's own source files on this machine."""
+    tokenizer: str = "bytes"
+    """"bytes", or the path of a Hugging Face `tokenizer.json`."""
+    order: Literal["packed", "document"] = "packed"
+    """"packed": rows are shuffled pieces. "document": each row of the batch goes on where it stopped
+    a step ago, for memories that are carried from step to step."""
+    validation_fraction: float = 0.05
+    """Share of the files, chosen by the hash of their content, that is held out."""
+    text_field: str = "text"
+    """The field of a .jsonl line (or JSON ArrayRecord) that holds the text."""
+    seed: int = 0
+    recall: RecallTask | None = None
+    """A generated recall task mixed into the text."""
+    mqar: MqarTask | None = None
+    """If set, rows are MQAR and `path` is not read."""
+    prefetch: int = 4
+    """Batches read ahead by a background thread. Operational: may change on resume."""

@@ -1,0 +1,62 @@
+"""Descriptions: the frozen dataclasses from which a recipe builds a model.
+
+A description holds hyper-parameters only, is written into every run and artifact as JSON, and makes
+its module with `build`. Imports no JAX, so that configurations can be read anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+
+DtypeName = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dtypes:
+    """Dtypes by role. They come from here, never from the dtype of an input."""
+
+    params: DtypeName = "float32"
+    compute: DtypeName = "float32"
+    """Activations and the residual stream."""
+    matmul: DtypeName = "float32"
+    """Operands of matrix products; results have the dtype of the activations."""
+    state: DtypeName = "float32"
+    """Keys, values and other content that a memory carries. Sums and statistics stay float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildContext:
+    """What a layer must know of the model that it becomes a part of."""
+
+    dim: int
+    """Width of the residual stream."""
+    depth: int = 1
+    """Blocks in the model; output projections start smaller in deeper models."""
+    dtypes: Dtypes = Dtypes()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSpec:
+    """A table of learned rows that several layers may read: one Variable of the language model."""
+
+    num_slots: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """Base of everything that can stand in a block's mixer or feed-forward place."""
+
+    def build(self, context: BuildContext, *, rngs: nnx.Rngs) -> Any:
+        """The module: a `memtrain.memory.Memory`, or any callable module of `[B, T, D]`."""
+        raise TypeError(f"{type(self).__name__} does not say how it is built")
+
+    def tables(self) -> dict[str, TableSpec]:
+        """Names and shapes of the shared tables that the layer reads."""
+        return {}

@@ -1,0 +1,24 @@
+"""The vocabulary of recipes: what can stand in a model's pattern.
+
+    pattern = (Window(128), Block(mixer=Attention(), ffn=ProductKeyMemory()))
+
+In a recipe a layer's name means its description; `build` makes the module.
+"""
+
+from memtrain.config import register
+from memtrain.memory.attention import AttentionConfig as Attention
+from memtrain.memory.product_key import ProductKeyMemoryConfig as ProductKeyMemory
+from memtrain.model.config import Block as Block
+from memtrain.model.config import ModelConfig as ModelConfig
+from memtrain.model.feed_forward import SwiGLUConfig as SwiGLU
+
+
+def Window(window: int, **more) -> Attention:  # noqa: N802 - it stands where a class name stands
+    """Sliding-window attention: a token sees `window` positions, its own included."""
+    return Attention(window=window, **more)
+
+
+register(Attention, "Attention")
+register(ProductKeyMemory, "ProductKeyMemory")
+register(SwiGLU, "SwiGLU")
+register(Block, "Block")

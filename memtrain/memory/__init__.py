@@ -1,0 +1,16 @@
+"""The Memory protocol and the mechanisms that speak it, one file each."""
+
+from memtrain.memory.attention import Attention as Attention
+from memtrain.memory.attention import AttentionConfig as AttentionConfig
+from memtrain.memory.product_key import ProductKeyMemory as ProductKeyMemory
+from memtrain.memory.product_key import ProductKeyMemoryConfig as ProductKeyMemoryConfig
+from memtrain.memory.protocol import Aux as Aux
+from memtrain.memory.protocol import Context as Context
+from memtrain.memory.protocol import LeafSpec as LeafSpec
+from memtrain.memory.protocol import Memory as Memory
+from memtrain.memory.protocol import MemoryTable as MemoryTable
+from memtrain.memory.protocol import State as State
+from memtrain.memory.protocol import Statistic as Statistic
+from memtrain.memory.protocol import spec_bytes as spec_bytes
+from memtrain.memory.registry import REGISTRY as REGISTRY
+from memtrain.memory.registry import register as register

@@ -1,0 +1,276 @@
+"""Attention as a memory: its state is the KV cache.
+
+Full causal attention keeps every token (growth per token). With a window it keeps a ring of the last
+`window` tokens and, if asked, the first `sink_tokens` of the current document (Xiao et al. 2024):
+a constant footprint however long the stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+from memtrain_kernels import AttentionSpec, attention
+
+from memtrain.description import BuildContext, Dtypes, LayerDescription
+from memtrain.memory.primitives import Linear, RMSNorm
+from memtrain.memory.protocol import Aux, Context, LeafSpec, Memory, State, token_documents
+from memtrain.memory.rope import apply_rope
+
+
+@dataclass(frozen=True)
+class AttentionConfig(LayerDescription):
+    """Description of `Attention`."""
+
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    """Fewer than `num_heads` shares each key-value head among several queries (GQA; 1 is MQA)."""
+    head_dim: int | None = None
+    """The model's width over `num_heads`, unless given."""
+    window: int | None = None
+    """A token sees this many positions, its own included; None sees the whole document."""
+    sink_tokens: int = 0
+    """The first tokens of a document that stay visible outside the window."""
+    rope_theta: float | None = 10_000.0
+    """Base of the rotary frequencies; None leaves positions out."""
+    qk_norm: bool = True
+    """RMS norm of every query and key head (Henry et al. 2020; Dehghani et al. 2023)."""
+    soft_cap: float | None = None
+    """Scores become cap * tanh(score / cap) (Gemma 2)."""
+    backend: str | None = None
+    """Kernel backend by name; chosen for the device unless given."""
+
+    def __post_init__(self):
+        kv_heads = self.num_kv_heads or self.num_heads
+        if self.num_heads % kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of {kv_heads} kv heads")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window}: a token sees at least its own position")
+        if self.sink_tokens and self.window is None:
+            raise ValueError("sink_tokens needs a window: without one every token stays visible")
+
+    def build(self, context: BuildContext, *, rngs: nnx.Rngs) -> Attention:
+        return Attention(self, context, rngs=rngs)
+
+
+class Attention(Memory):
+    """Multi-head causal attention, whose state is its KV cache.
+
+    Arithmetic is `memtrain_kernels.attention`. Keys are stored rotated, by position in the document.
+    """
+
+    def __init__(self, config: AttentionConfig, context: BuildContext, *, rngs: nnx.Rngs):
+        dim, dtypes = context.dim, context.dtypes
+        self.config, self.dtypes = config, dtypes
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.head_dim = config.head_dim or dim // config.num_heads
+        if config.rope_theta is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
+        query_dim, kv_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        linear = lambda *dims, axes, scale=1.0: Linear(  # noqa: E731
+            *dims, axes=axes, dtypes=dtypes, rngs=rngs, scale=scale
+        )
+        self.query = linear(dim, query_dim, axes=("embed", "heads"))
+        self.key = linear(dim, kv_dim, axes=("embed", "heads"))
+        self.value = linear(dim, kv_dim, axes=("embed", "heads"))
+        out_scale = (2 * context.depth) ** -0.5
+        self.output = linear(query_dim, dim, axes=("heads", "embed"), scale=out_scale)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(self.head_dim, dtypes=dtypes)
+            self.key_norm = RMSNorm(self.head_dim, dtypes=dtypes)
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return AttentionSpec(
+            causal=True,
+            window=self.config.window,
+            sink_tokens=self.config.sink_tokens,
+            soft_cap=self.config.soft_cap,
+        )
+
+    @property
+    def rollback_slack(self) -> int:  # type: ignore[override]
+        """The whole cache can be taken back where nothing is overwritten."""
+        return 0 if self.config.window is not None else 2**31 - 1
+
+    def state_spec(self, batch: int, capacity: int) -> dict[str, LeafSpec]:
+        window = self.config.window
+        slots = capacity if window is None else min(window, capacity)
+        growth = "per_token" if window is None else "fixed"
+        spec = self._cache_spec("", batch, slots, growth)
+        if self.config.sink_tokens:
+            spec |= self._cache_spec("sink_", batch, self.config.sink_tokens, "fixed")
+        row = lambda dtype: LeafSpec((batch,), dtype, ("batch",), gradient=False)  # noqa: E731
+        return spec | {
+            "length": row(jnp.int32),  # valid tokens since init; the ring's are those without sinks
+            "overflow": row(jnp.bool_),
+            "current_document": row(jnp.int32),
+        }
+
+    def _cache_spec(self, prefix: str, batch: int, slots: int, growth) -> dict[str, LeafSpec]:
+        content = LeafSpec(
+            (batch, slots, self.num_kv_heads, self.head_dim),
+            jnp.dtype(self.dtypes.state),
+            ("batch", "cache", "kv_heads", "head_dim"),
+            growth=growth,
+        )
+        index = LeafSpec(
+            (batch, slots), jnp.int32, ("batch", "cache"), growth=growth, gradient=False
+        )
+        return {
+            prefix + "key": content,
+            prefix + "value": content,
+            prefix + "position": index,
+            # An empty slot belongs to no document: negative ids match nothing.
+            prefix + "document": dataclasses.replace(index, fill=-1),
+        }
+
+    def __call__(
+        self, x: Float[Array, "B T D"], state: State | None, ctx: Context
+    ) -> tuple[Float[Array, "B T D"], State | None, Aux]:
+        B, T, _ = x.shape
+        q = self.query(x).reshape(B, T, self.num_heads, self.head_dim)
+        k = self.key(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        v = self.value(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        if self.config.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.config.rope_theta is not None:
+            q = apply_rope(q, ctx.positions, self.config.rope_theta)
+            k = apply_rope(k, ctx.positions, self.config.rope_theta)
+
+        if state is None:
+            documents, _ = token_documents(jnp.zeros((B,), jnp.int32), ctx)
+            spec = dataclasses.replace(self.spec, ordered=True)
+            y = self._attend(q, k, v, ctx.positions, documents, documents, ctx.positions, spec)
+            new_state = None
+        else:
+            documents, current = token_documents(state["current_document"], ctx)
+            if self.config.window is None:
+                new_state = self._append(state, k, v, documents, ctx)
+                seen = new_state
+            else:
+                seen = self._seen_by_chunk(state, k, v, documents, ctx)
+                new_state = self._write_ring(state, k, v, documents, current, ctx)
+            new_state["current_document"] = current
+            y = self._attend(
+                q,
+                seen["key"].astype(q.dtype),
+                seen["value"].astype(q.dtype),
+                ctx.positions,
+                documents,
+                seen["document"],
+                seen["position"],
+                self.spec,
+            )
+        return self.output(y.reshape(B, T, -1)), new_state, Aux()
+
+    def _attend(self, q, k, v, q_positions, q_documents, kv_documents, kv_positions, spec):
+        return attention(
+            q,
+            k,
+            v,
+            spec=spec,
+            q_positions=q_positions,
+            kv_positions=kv_positions,
+            q_segments=q_documents,
+            kv_segments=kv_documents,
+            backend=self.config.backend,
+        )
+
+    def _append(self, state: State, k, v, documents, ctx: Context) -> State:
+        """The full cache: tokens go to the next free slots; those past the end only set `overflow`."""
+        slots = state["key"].shape[1]
+        rank = jnp.cumsum(ctx.valid, axis=1, dtype=jnp.int32) - 1
+        slot = jnp.where(ctx.valid, state["length"][:, None] + rank, slots)
+        length = state["length"] + rank[:, -1] + 1
+        written = _write(state, "", slot, k, v, ctx.positions, documents)
+        return {**written, "length": length, "overflow": state["overflow"] | (length > slots)}
+
+    def _seen_by_chunk(self, state: State, k, v, documents, ctx: Context) -> dict[str, Array]:
+        """What the chunk's queries look at: sinks, the ring as it was before the chunk, the chunk."""
+        new = {"key": k, "value": v, "position": ctx.positions, "document": documents}
+        prefixes = ("sink_", "") if self.config.sink_tokens else ("",)
+        return {
+            name: jnp.concatenate(
+                [*(state[p + name] for p in prefixes), leaf.astype(state[name].dtype)], axis=1
+            )
+            for name, leaf in new.items()
+        }
+
+    def _write_ring(self, state: State, k, v, documents, current, ctx: Context) -> State:
+        """Slot = arrival number modulo the ring. Sink tokens live in slots of their own only, so that
+        no key is seen twice."""
+        ring, sinks = state["key"].shape[1], self.config.sink_tokens
+        is_sink = ctx.valid & (ctx.positions < sinks)
+        in_ring = ctx.valid & ~is_sink
+        rank = jnp.cumsum(in_ring, axis=1, dtype=jnp.int32) - 1
+        count = rank[:, -1:] + 1
+        # Of tokens that share a slot only the newest is written: a scatter has no order.
+        newest = in_ring & (rank >= count - ring)
+        slot = jnp.where(newest, (state["length"][:, None] + rank) % ring, ring)
+        out = _write(state, "", slot, k, v, ctx.positions, documents)
+        if sinks:
+            mine = is_sink & (documents == current[:, None])
+            slot = jnp.where(mine, ctx.positions, sinks)
+            out = _write(out, "sink_", slot, k, v, ctx.positions, documents)
+            alive = out["sink_document"] == current[:, None]
+            out["sink_document"] = jnp.where(alive, out["sink_document"], -1)
+        length = state["length"] + count[:, 0]
+        # A ring shorter than the window exists only where the capacity is: then nothing may wrap.
+        short = ring < (self.config.window or 0)
+        overflow = state["overflow"] | (length > ring) if short else state["overflow"]
+        return {**out, "length": length, "overflow": overflow}
+
+    def live_state(self, state: State) -> State:
+        """Slots outside the current document or window are set to zero; the rest are sorted."""
+        out = dict(state)
+        current = state["current_document"][:, None]
+        for prefix in ("sink_", "") if self.config.sink_tokens else ("",):
+            document, position = state[prefix + "document"], state[prefix + "position"]
+            live = (document == current) & (document >= 0)
+            order = jnp.argsort(jnp.where(live, position, 2**31 - 1), axis=1)
+            for name in ("key", "value", "position", "document"):
+                leaf = state[prefix + name]
+                mask = live.reshape(live.shape + (1,) * (leaf.ndim - 2))
+                leaf = jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+                index = order.reshape(order.shape + (1,) * (leaf.ndim - 2))
+                out[prefix + name] = jnp.take_along_axis(leaf, index, axis=1)
+        return out
+
+    def rollback(self, state: State, tokens: int) -> State:
+        """The state before the newest `tokens` tokens. Offered without a window only."""
+        if tokens > self.rollback_slack:
+            raise ValueError("a ring buffer has overwritten what a rollback would bring back")
+        length = jnp.maximum(state["length"] - tokens, 0)
+        slots = jnp.arange(state["key"].shape[1])[None, :]
+        gone = slots >= length[:, None]
+        first = jnp.take_along_axis(state["document"], jnp.maximum(length - 1, 0)[:, None], axis=1)
+        clear = lambda leaf, fill: jnp.where(  # noqa: E731
+            gone.reshape(gone.shape + (1,) * (leaf.ndim - 2)), jnp.asarray(fill, leaf.dtype), leaf
+        )
+        return {
+            "key": clear(state["key"], 0),
+            "value": clear(state["value"], 0),
+            "position": clear(state["position"], 0),
+            "document": clear(state["document"], -1),
+            "length": length,
+            "overflow": state["overflow"],
+            "current_document": jnp.where(length > 0, first[:, 0], 0),
+        }
+
+
+def _write(state: State, prefix: str, slot, k, v, position, document) -> State:
+    """Scatters tokens to their slots in each row; a slot past the end drops its token."""
+    out = dict(state)
+    new = {"key": k, "value": v, "position": position, "document": document}
+    for name, leaf in new.items():
+        old = state[prefix + name]
+        out[prefix + name] = jax.vmap(lambda o, s, n: o.at[s].set(n, mode="drop"))(
+            old, slot, leaf.astype(old.dtype)
+        )
+    return out

@@ -1,0 +1,155 @@
+"""ProductKeyMemory: a differentiable external key-value memory that the weights hold.
+
+Product keys (Lample et al. 2019) with the gated output of Memory Layers at Scale (Berges et al. 2024,
+arXiv 2412.09764, eq. 2), written from the papers' equations:
+
+    q = W_q x in R^{heads x d_k}, q = [q1; q2]        s_i = K_i q_i for the two half-key sets
+    p = softmax over the top-k of all sums s_1[i] + s_2[j]
+    y = sum over heads and top-k of p * V[i * sqrt(N) + j]
+    out = W_out (y * silu(W_gate x))
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from memtrain_kernels import product_key_topk, weighted_gather
+
+from memtrain.description import BuildContext, LayerDescription, TableSpec
+from memtrain.memory.primitives import Linear, rms_normalize
+from memtrain.memory.protocol import Aux, Context, Memory, State
+
+
+@dataclass(frozen=True)
+class ProductKeyMemoryConfig(LayerDescription):
+    """Description of `ProductKeyMemory`."""
+
+    num_slots: int = 16_384
+    """Rows of the value table: a square number."""
+    num_heads: int = 4
+    top_k: int = 16
+    """Rows that each head reads for a token."""
+    key_dim: int = 128
+    """Width of a query or key, two halves together."""
+    value_dim: int = 256
+    qk_norm: bool = True
+    """RMS norm of half queries and half keys: one learned temperature instead of their lengths."""
+    table: str = "memory"
+    """Name of the value table. Layers that name the same table share it."""
+
+    def __post_init__(self):
+        root = math.isqrt(self.num_slots)
+        if root * root != self.num_slots:
+            raise ValueError(
+                f"num_slots={self.num_slots} must be a square; nearest {root**2} or {(root + 1) ** 2}"
+            )
+        if not 1 <= self.top_k <= root:
+            raise ValueError(f"top_k={self.top_k} must be between 1 and sqrt(num_slots) = {root}")
+        if self.key_dim % 2:
+            raise ValueError(f"key_dim={self.key_dim} must be even: a key has two halves")
+
+    def build(self, context: BuildContext, *, rngs: nnx.Rngs) -> ProductKeyMemory:
+        return ProductKeyMemory(self, context, rngs=rngs)
+
+    def tables(self) -> dict[str, TableSpec]:
+        return {self.table: TableSpec(num_slots=self.num_slots, value_dim=self.value_dim)}
+
+
+class ProductKeyMemory(Memory):
+    """Reads `num_heads * top_k` rows of a shared value table for every token. Its state is empty.
+
+    The table is `ctx.tables[config.table]`, `[num_slots, value_dim]`. Gradients reach the rows that
+    were read, and the keys and queries through the softmax over them; the selection itself has none.
+    """
+
+    def __init__(self, config: ProductKeyMemoryConfig, context: BuildContext, *, rngs: nnx.Rngs):
+        dim, dtypes = context.dim, context.dtypes
+        self.config, self.dtypes = config, dtypes
+        self.half_slots = math.isqrt(config.num_slots)
+        half_dim = config.key_dim // 2
+        linear = lambda *dims, axes, scale=1.0: Linear(  # noqa: E731
+            *dims, axes=axes, dtypes=dtypes, rngs=rngs, scale=scale
+        )
+        self.query = linear(dim, config.num_heads * config.key_dim, axes=("embed", "heads"))
+        bound = config.key_dim**-0.5
+        keys = jax.random.uniform(
+            rngs.params(),
+            (2, config.num_heads, self.half_slots, half_dim),
+            jnp.float32,
+            -bound,
+            bound,
+        )
+        self.keys = nnx.Param(
+            keys.astype(dtypes.params), logical_axes=(None, "heads", None, "key_dim")
+        )
+        if config.qk_norm:
+            # Unit-rms halves give scores of variance 1; a softmax over the best k wants some contrast.
+            scale = jnp.full((config.num_heads,), math.log(2.0), dtypes.params)
+            self.log_temperature = nnx.Param(scale, logical_axes=(None,))
+        self.gate = linear(dim, config.value_dim, axes=("embed", "mlp"))
+        out_scale = (2 * context.depth) ** -0.5
+        self.output = linear(config.value_dim, dim, axes=("mlp", "embed"), scale=out_scale)
+
+    def state_spec(self, batch: int, capacity: int) -> dict:
+        return {}
+
+    def table_specs(self) -> dict[str, TableSpec]:
+        return self.config.tables()
+
+    def select(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T HK"], Int[Array, "B T HK"]]:
+        """Softmax weights and slots of what each token reads, all heads side by side."""
+        B, T, _ = x.shape
+        config = self.config
+        q = self.query(x).reshape(B, T, config.num_heads, 2, config.key_dim // 2)
+        keys = self.keys[...]
+        if config.qk_norm:
+            # One norm over all of a token's heads would couple them; each half has its own.
+            q = rms_normalize(q) * (config.key_dim // 2) ** -0.5
+            keys = rms_normalize(keys)
+        operands = jnp.dtype(self.dtypes.matmul)
+        scores = jnp.einsum(
+            "bthsd,shnd->sbthn",
+            q.astype(operands),
+            keys.astype(operands),
+            preferred_element_type=jnp.float32,
+        )
+        if config.qk_norm:
+            scores = scores * jnp.exp(self.log_temperature[...].astype(jnp.float32))[:, None]
+        best, slots = product_key_topk(scores[0], scores[1], config.top_k)
+        weights = jax.nn.softmax(best, axis=-1)
+        return weights.reshape(B, T, -1), slots.reshape(B, T, -1)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], state: State | None, ctx: Context
+    ) -> tuple[Float[Array, "B T D"], State | None, Aux]:
+        if self.config.table not in ctx.tables:
+            raise KeyError(f"ctx.tables has no table {self.config.table!r}: has {list(ctx.tables)}")
+        table = ctx.tables[self.config.table]
+        B, T, _ = x.shape
+        weights, slots = self.select(x)
+        y = weighted_gather(table, slots.reshape(B * T, -1), weights.reshape(B * T, -1))
+        y = y.reshape(B, T, -1).astype(self.dtypes.compute)
+        out = self.output(y * jax.nn.silu(self.gate(x)))
+        reads = {"slots": slots, "weights": weights} if ctx.want_reads else {}
+        metrics = self._usage(slots, weights, ctx) if ctx.want_metrics else {}
+        return out, state, Aux(metrics=metrics, reads=reads)
+
+    def _usage(self, slots, weights, ctx: Context) -> dict[str, Array]:
+        """How the slots are used by the valid tokens of this call.
+
+        `slots_used`: fraction of slots read at all. `usage_kl`: KL divergence in nats of the weight
+        that each slot received from uniform (0: all alike; log N: one slot takes everything).
+        """
+        weights = jax.lax.stop_gradient(weights) * ctx.valid[..., None]
+        mass = jnp.zeros((self.config.num_slots,), jnp.float32)
+        mass = mass.at[slots.reshape(-1)].add(weights.reshape(-1))
+        share = mass / jnp.maximum(mass.sum(), 1e-30)
+        kl = jnp.sum(jnp.where(share > 0, share * jnp.log(share * self.config.num_slots), 0.0))
+        return {"slots_used": jnp.mean(mass > 0), "usage_kl": kl}

@@ -1,0 +1,194 @@
+"""The Memory protocol: one call that trains, prefills and decodes, and one explicit state.
+
+    y, state, aux = memory(x, state, ctx)
+
+T = the whole sequence trains, T = a chunk prefills, T = 1 decodes. `state=None` means "from empty,
+and I want none back". The laws that every memory keeps are in `memtrain.testing`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from memtrain.description import TableSpec
+
+
+# Tree mode: modules are plain pytrees, so jax's own transforms apply and nothing is shared or
+# updated behind our back (flax FLIP 5310).
+nnx.set_graph_mode(False)
+nnx.set_graph_updates(False)
+
+State = Any
+"""A pytree of arrays of static shape, each with the batch as its first dimension."""
+
+Growth = Literal["fixed", "per_token", "per_segment"]
+Residency = Literal["device", "host"]
+
+
+class MemoryTable(nnx.Variable):
+    """A table of learned memory rows: its own optimizer group, never weight-decayed."""
+
+
+class Statistic(nnx.Variable):
+    """A running statistic: saved with the model, not trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafSpec:
+    """One array of a memory's state, declared before anything is allocated."""
+
+    shape: tuple[int, ...]
+    dtype: DTypeLike
+    axes: tuple[str | None, ...]
+    """Logical axis of each dimension (see `memtrain.parallel.sharding`)."""
+    growth: Growth = "fixed"
+    """How the bytes grow with the capacity."""
+    residency: Residency = "device"
+    gradient: bool = True
+    """Whether gradients may flow through this leaf when the state is carried."""
+    fill: float = 0
+    """Value of every element in the empty state."""
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"LeafSpec: {len(self.shape)} dims but {len(self.axes)} axes")
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+def spec_bytes(spec: Any) -> int:
+    """Bytes of all leaves of a state spec."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(spec, is_leaf=is_leaf_spec))
+
+
+def is_leaf_spec(node: Any) -> bool:
+    return isinstance(node, LeafSpec)
+
+
+def map_spec(function, spec: Any, *rest: Any) -> Any:
+    """`jax.tree.map` over the `LeafSpec`s of a state spec."""
+    return jax.tree.map(function, spec, *rest, is_leaf=is_leaf_spec)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a memory may know about its tokens, besides their activations.
+
+    positions: position of each token in its document, given by the caller and never derived from T;
+      strictly increasing inside a document.
+    starts: a document begins at this token.
+    valid: real tokens, one contiguous run in each row; the others change nothing.
+    token_ids: for memories that hash ids; may be None.
+    tables: the shared tables of the model, by name.
+    """
+
+    positions: Int[Array, "B T"]
+    starts: Bool[Array, "B T"]
+    valid: Bool[Array, "B T"]
+    token_ids: Int[Array, "B T"] | None = None
+    tables: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    want_metrics: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Ask for `Aux.metrics`."""
+    want_reads: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Ask for `Aux.reads`: what was read, by slot and weight."""
+
+    @classmethod
+    def of_documents(cls, batch: int, length: int, **more: Any) -> Context:
+        """One document in each row, from its beginning, every token valid."""
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        return cls(
+            positions=positions,
+            starts=positions == 0,
+            valid=jnp.ones((batch, length), bool),
+            **more,
+        )
+
+    def window(self, begin: int, end: int) -> Context:
+        """The context of tokens `begin` to `end`: what the call on that piece is given."""
+        cut = lambda a: None if a is None else a[:, begin:end]  # noqa: E731
+        return dataclasses.replace(
+            self,
+            positions=cut(self.positions),
+            starts=cut(self.starts),
+            valid=cut(self.valid),
+            token_ids=cut(self.token_ids),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Aux:
+    """What a call reports besides its output. Static in structure for a given Context."""
+
+    losses: dict[str, Array] = dataclasses.field(default_factory=dict)
+    """Added to the training loss."""
+    metrics: dict[str, Array] = dataclasses.field(default_factory=dict)
+    """Scalars, averaged over calls."""
+    reads: dict[str, Array] = dataclasses.field(default_factory=dict)
+    """"slots" int32 [B, T, K] and "weights" float32 [B, T, K], on request."""
+
+
+class Memory(nnx.Module):
+    """Base of all memories. See the module's docstring for the call."""
+
+    rollback_slack: int = 0
+    """Newest tokens that `rollback` can take back; 0 where it is not offered."""
+
+    def state_spec(self, batch: int, capacity: int) -> Any:
+        """A pytree of `LeafSpec`. `capacity` counts valid tokens since init or a whole-row reset."""
+        raise NotImplementedError(f"{type(self).__name__} declares no state_spec")
+
+    def init_state(self, batch: int, capacity: int) -> State:
+        """The empty state. May read parameters; a reset writes this, not zeros."""
+        return map_spec(
+            lambda leaf: jnp.full(leaf.shape, leaf.fill, leaf.dtype),
+            self.state_spec(batch, capacity),
+        )
+
+    def __call__(
+        self, x: Float[Array, "B T D"], state: State | None, ctx: Context
+    ) -> tuple[Float[Array, "B T D"], State | None, Aux]:
+        raise NotImplementedError(f"{type(self).__name__} has no call")
+
+    def table_specs(self) -> dict[str, TableSpec]:
+        """The shared tables that the memory reads from `ctx.tables`."""
+        return {}
+
+    def live_state(self, state: State) -> State:
+        """The state with everything that no future token can feel set to a fixed value, and slots in
+        (document, position) order: what the split law compares."""
+        return state
+
+    def reset(self, state: State, mask: Bool[Array, "B"], capacity: int) -> State:
+        """Rows where `mask` holds become empty."""
+        empty = self.init_state(mask.shape[0], capacity)
+        pick = lambda e, s: jnp.where(mask.reshape(-1, *[1] * (s.ndim - 1)), e, s)  # noqa: E731
+        return jax.tree.map(pick, empty, state)
+
+    def fork(self, state: State, rows: Int[Array, "N"]) -> State:
+        """Row i of the result is a copy of row `rows[i]`."""
+        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), state)
+
+
+def token_documents(
+    current: Int[Array, "B"], ctx: Context
+) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """The running document number of each token (-1 where invalid), and the one at the end.
+
+    Packed ids restart in every row, so documents are told apart by a counter that the state carries.
+    """
+    begun = jnp.cumsum(ctx.starts & ctx.valid, axis=1, dtype=jnp.int32)
+    documents = current[:, None] + begun
+    return jnp.where(ctx.valid, documents, -1), current + begun[:, -1]

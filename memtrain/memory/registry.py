@@ -1,0 +1,42 @@
+"""Every memory by name, as a small instance that the laws are run on.
+
+`tests/laws` runs `memtrain.testing.check_laws` over this. A new mechanism is done when it is here and
+the laws hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flax import nnx
+
+from memtrain.description import BuildContext, Dtypes, LayerDescription
+from memtrain.memory.attention import AttentionConfig
+from memtrain.memory.product_key import ProductKeyMemoryConfig
+from memtrain.memory.protocol import Memory
+
+
+MakeMemory = Callable[[Dtypes, nnx.Rngs], Memory]
+REGISTRY: dict[str, MakeMemory] = {}
+
+
+def register(name: str, description: LayerDescription, *, dim: int = 16) -> None:
+    """Enters a small instance of a memory under a name."""
+    if name in REGISTRY:
+        raise ValueError(f"a memory named {name!r} is registered already")
+
+    def make(dtypes: Dtypes, rngs: nnx.Rngs) -> Memory:
+        return description.build(BuildContext(dim=dim, dtypes=dtypes), rngs=rngs)
+
+    REGISTRY[name] = make
+
+
+register("attention", AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8))
+register(
+    "window",
+    AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window=5, sink_tokens=2, soft_cap=8.0),
+)
+register(
+    "product_key",
+    ProductKeyMemoryConfig(num_slots=64, num_heads=2, top_k=3, key_dim=8, value_dim=12),
+)

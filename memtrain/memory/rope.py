@@ -1,0 +1,46 @@
+"""Rotary position embedding (Su et al. 2021) with phases that are exact at any int32 position.
+
+In float32, position times frequency is wrong by 0.015 rad at a million tokens. Here a frequency is a
+64-bit fixed-point fraction of a turn, and the product is taken modulo one turn in integers.
+"""
+
+from functools import lru_cache
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+@lru_cache(maxsize=32)
+def _turns_per_token(half_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """High and low 32 bits of frequency / 2 pi, as fractions of a turn."""
+    exponent = np.arange(half_dim, dtype=np.longdouble) / half_dim
+    turns = np.longdouble(theta) ** -exponent / (2 * np.longdouble(np.pi))
+    high = np.floor(turns * 2**32)
+    low = np.floor((turns * 2**32 - high) * 2**32)
+    return high.astype(np.uint32), low.astype(np.uint32)
+
+
+def rope_phases(
+    positions: Int[Array, "B T"], half_dim: int, theta: float
+) -> Float[Array, "B T half_dim"]:
+    """Angles in radians in [-pi, pi), float32."""
+    high, low = (jnp.asarray(part) for part in _turns_per_token(half_dim, theta))
+    p = positions.astype(jnp.uint32)[..., None]
+    # The upper 32 bits of p * low, by 16-bit halves: uint32 products wrap, and wrap is the modulus.
+    p1, p0 = p >> 16, p & 0xFFFF
+    l1, l0 = low >> 16, low & 0xFFFF
+    middle = p1 * l0 + ((p0 * l0) >> 16)
+    carry = p0 * l1 + (middle & 0xFFFF)
+    turn = p * high + p1 * l1 + (middle >> 16) + (carry >> 16)
+    return turn.astype(jnp.int32).astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
+
+
+def apply_rope(
+    x: Float[Array, "B T H D"], positions: Int[Array, "B T"], theta: float
+) -> Float[Array, "B T H D"]:
+    """Rotates feature i with feature i + D/2 by the phase of i. D is even; computed in float32."""
+    phases = rope_phases(positions, x.shape[-1] // 2, theta)[:, :, None, :]
+    cos, sin = jnp.cos(phases), jnp.sin(phases)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

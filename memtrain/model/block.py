@@ -1,0 +1,67 @@
+"""A block: a mixer and a feed-forward place around the residual stream, each with its norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from memtrain.description import BuildContext, LayerDescription
+from memtrain.memory.primitives import RMSNorm
+from memtrain.memory.protocol import Aux, Context, Memory
+from memtrain.model.config import Block as BlockConfig
+
+
+PLACES = ("mixer", "ffn")
+
+
+class Place(nnx.Module):
+    """x + layer(norm(x))."""
+
+    def __init__(self, layer: LayerDescription, context: BuildContext, *, rngs: nnx.Rngs):
+        self.norm = RMSNorm(context.dim, dtypes=context.dtypes)
+        self.layer = layer.build(context, rngs=rngs)
+
+    @property
+    def memory(self) -> Memory | None:
+        return self.layer if isinstance(self.layer, Memory) else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], state: Any, ctx: Context, *, off: bool = False
+    ) -> tuple[Float[Array, "B T D"], Any, Aux]:
+        """`off` leaves the layer out: the residual stream passes, and its state stays as it is."""
+        if off:
+            return x, state, Aux()
+        if isinstance(self.layer, Memory):
+            y, state, aux = self.layer(self.norm(x), state, ctx)
+            return x + y, state, aux
+        return x + self.layer(self.norm(x)), state, Aux()
+
+
+class Block(nnx.Module):
+    """The mixer's place, then the feed-forward's; either may be absent."""
+
+    def __init__(self, config: BlockConfig, context: BuildContext, *, rngs: nnx.Rngs):
+        self.mixer = Place(config.mixer, context, rngs=rngs) if config.mixer else None
+        self.ffn = Place(config.ffn, context, rngs=rngs) if config.ffn else None
+
+    def places(self) -> dict[str, Place]:
+        found = {"mixer": self.mixer, "ffn": self.ffn}
+        return {name: place for name, place in found.items() if place is not None}
+
+    def memories(self) -> dict[str, Memory]:
+        found = {name: place.memory for name, place in self.places().items()}
+        return {name: memory for name, memory in found.items() if memory is not None}
+
+    def __call__(
+        self, x: Float[Array, "B T D"], state: Any, ctx: Context, off: tuple[str, ...] = ()
+    ) -> tuple[Float[Array, "B T D"], Any, dict[str, Aux]]:
+        """`state` is {place: state of its memory}, or None. `off`: places left out."""
+        new_state, aux = {}, {}
+        for name, place in self.places().items():
+            before = None if state is None or place.memory is None else state[name]
+            x, after, aux[name] = place(x, before, ctx, off=name in off)
+            if place.memory is not None:
+                new_state[name] = after
+        return x, None if state is None else new_state, aux

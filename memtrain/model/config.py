@@ -1,0 +1,49 @@
+"""The language model's description: a pattern of blocks, repeated. Imports no JAX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from memtrain.description import Dtypes, LayerDescription
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """x + mixer(norm(x)), then x + ffn(norm(x)). Either place may hold any memory, or be empty."""
+
+    mixer: LayerDescription | None = None
+    ffn: LayerDescription | None = None
+
+
+RematPolicy = Literal["none", "full", "dots"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only language model."""
+
+    dim: int = 256
+    """Width of the residual stream."""
+    pattern: tuple[Block | LayerDescription, ...] = ()
+    """The blocks of one repeat. A bare layer stands for a block with it as the mixer and `ffn`."""
+    repeats: int = 1
+    """How often the pattern is stacked."""
+    ffn: LayerDescription | None = None
+    """Feed-forward layer of pattern entries that are bare layers; SwiGLU unless given."""
+    vocab_size: int | None = None
+    """The tokenizer's, unless given (a larger one leaves room)."""
+    tied_embeddings: bool = True
+    dtypes: Dtypes = field(default_factory=Dtypes)
+    remat: RematPolicy = "none"
+    """What the backward recomputes: nothing, whole blocks, or all but matrix products."""
+    scan_unroll: int | None = None
+    """Repeats unrolled per scan step; all of them on CPU and for single tokens unless given."""
+    loss_chunk_tokens: int = 2048
+    """Tokens whose logits exist at the same time."""
+
+    def __post_init__(self):
+        if self.repeats < 1:
+            raise ValueError(f"model.repeats={self.repeats} must be at least 1")
+        if self.loss_chunk_tokens < 1:
+            raise ValueError(f"model.loss_chunk_tokens={self.loss_chunk_tokens} must be at least 1")

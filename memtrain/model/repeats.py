@@ -1,0 +1,101 @@
+"""Running the blocks: all written out, or a scan over the repeats of the pattern.
+
+A scan compiles one repeat whatever the depth; written out, XLA sees every layer, which is faster on
+CPU and for single tokens. State goes through the scan as a carry that is updated in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from memtrain.memory.protocol import Context
+from memtrain.model.block import Block
+
+
+_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def _rematerialised(function: Callable, policy: str) -> Callable:
+    return function if policy == "none" else jax.checkpoint(function, policy=_POLICIES[policy])
+
+
+def unstack(tree: Any, count: int) -> list[Any]:
+    """Slices of a stacked tree. `split` transposes to one concatenate, where indexing would add up
+    `count` padded copies."""
+    leaves, structure = jax.tree.flatten(tree)
+    columns = [
+        [part.reshape(leaf.shape[1:]) for part in jax.lax.split(leaf, [1] * count, axis=0)]
+        for leaf in leaves
+    ]
+    return [jax.tree.unflatten(structure, [c[i] for c in columns]) for i in range(count)]
+
+
+def run_unrolled(
+    layers: Sequence[Block],
+    x: jax.Array,
+    state: list[Any] | None,
+    ctx: Context,
+    without: Sequence[tuple[int, str]],
+    remat: str,
+) -> tuple[jax.Array, list[Any] | None, list[Any]]:
+    """Every layer in turn. See `LanguageModel.__call__`."""
+    new_state, aux = [], []
+    for i, layer in enumerate(layers):
+        off = tuple(place for index, place in without if index == i)
+
+        def run(layer, x, before, ctx, off=off):
+            return layer(x, before, ctx, off)
+
+        before = None if state is None else state[i]
+        x, after, layer_aux = _rematerialised(run, remat)(layer, x, before, ctx)
+        new_state.append(after)
+        aux.append(layer_aux)
+    return x, None if state is None else new_state, aux
+
+
+def run_scanned(
+    blocks: Sequence[Block],
+    x: jax.Array,
+    state: list[Any] | None,
+    ctx: Context,
+    repeats: int,
+    unroll: int,
+    remat: str,
+) -> tuple[jax.Array, list[Any] | None, list[Any]]:
+    """A scan over the repeats; one repeat runs the whole pattern. See `LanguageModel.__call__`."""
+    width = len(blocks)
+
+    def body(carry, xs):
+        x, states = carry
+        repeat, layers = xs
+        after, aux = [], []
+        for i, layer in enumerate(layers):
+            before = None if states is None else jax.tree.map(lambda s: s[repeat], states[i])
+            x, new, layer_aux = layer(x, before, ctx)
+            after.append(new)
+            aux.append(layer_aux)
+        if states is not None:
+            put = lambda s, n: jax.lax.dynamic_update_index_in_dim(s, n, repeat, 0)  # noqa: E731
+            states = [jax.tree.map(put, s, n) for s, n in zip(states, after, strict=True)]
+        return (x, states), aux
+
+    stacked = None
+    if state is not None:
+        stacked = [
+            jax.tree.map(lambda *rows: jnp.stack(rows), *state[i::width]) for i in range(width)
+        ]
+    xs = (jnp.arange(repeats), list(blocks))
+    body = _rematerialised(body, remat)
+    (x, stacked), aux = jax.lax.scan(body, (x, stacked), xs, unroll=unroll)
+    aux = [jax.tree.map(lambda a, r=r: a[r], aux[i]) for r in range(repeats) for i in range(width)]
+    if stacked is None:
+        return x, None, aux
+    columns = [unstack(s, repeats) for s in stacked]
+    return x, [columns[i][r] for r in range(repeats) for i in range(width)], aux

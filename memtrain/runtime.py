@@ -1,0 +1,137 @@
+"""JAX's environment, set before its backend starts: compilation cache, simulated CPU devices.
+
+Importing JAX before `prepare` is fine, computing with it is not: XLA reads its flags once.
+Imports no JAX itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from memtrain.errors import BadInput
+
+
+_DEVICE_COUNT = "--xla_force_host_platform_device_count"
+
+
+def prepare(num_devices: int = 1, *, say: Callable[[str], None] | None = None) -> None:
+    """Set up JAX for a command that needs `num_devices` devices of this machine.
+
+    Turns the compilation cache on and, where there are only CPUs, simulates that many devices.
+    Explicit settings in the environment win. `say` is told, in one line each, what was simulated
+    or could not be set up; stderr unless given. Raises `BadInput` if the backend has already
+    started with fewer devices.
+    """
+    say = say or (lambda line: print(f"memtrain: {line}", file=sys.stderr))
+    _enable_cache(say)
+    _simulate_devices(num_devices, say)
+
+
+def cache_folder() -> Path | None:
+    """Where compiled programs are kept; None if MEMTRAIN_CACHE=off.
+
+    JAX_COMPILATION_CACHE_DIR, else xla/ in MEMTRAIN_CACHE, else in memtrain/ of the XDG cache. Ours has
+    a folder per kind of processor: code compiled for one must not be loaded on another, and home
+    folders are shared.
+    """
+    if explicit := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return Path(explicit)
+    chosen = os.environ.get("MEMTRAIN_CACHE")
+    if chosen == "off":
+        return None
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = Path(chosen) if chosen else Path(home) / "memtrain"
+    return base.expanduser().absolute() / "xla" / _processor()
+
+
+def accelerators() -> list[str]:
+    """Accelerators that JAX will use, told without starting it: empty on a CPU-only machine.
+
+    A device node alone is not enough: without its plugin JAX computes on the CPU beside it.
+    """
+    if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
+        return []
+    signs = {
+        "gpu": (("nvidia[0-9]*", "kfd"), ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")),
+        "tpu": (("accel[0-9]*", "vfio/[0-9]*"), ("libtpu",)),
+    }
+    return [
+        kind
+        for kind, (nodes, plugins) in signs.items()
+        if any(next(Path("/dev").glob(node), None) for node in nodes)
+        and any(importlib.util.find_spec(plugin) for plugin in plugins)
+    ]
+
+
+def _processor() -> str:
+    """The architecture and a hash of the instruction sets of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        found = next(line for line in lines if line.startswith(("flags", "Features")))
+        features = " ".join(sorted(found.partition(":")[2].split()))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+
+
+def _enable_cache(say: Callable[[str], None]) -> None:
+    folder = cache_folder()
+    if folder is None:
+        _set("jax_enable_compilation_cache", False)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        say(f"cannot write the compilation cache {folder}: every start will compile anew")
+        return
+    _set("jax_compilation_cache_dir", str(folder))
+    # Thousands of small programs compile in less than the default second each.
+    _set("jax_persistent_cache_min_compile_time_secs", 0.0)
+    _set("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _set(option: str, value: Any) -> None:
+    """Set a JAX option for this process, imported yet or not, and for its children; theirs wins."""
+    if option.upper() in os.environ and option != "jax_compilation_cache_dir":
+        return
+    os.environ[option.upper()] = str(value)
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update(option, value)
+
+
+def _simulate_devices(num_devices: int, say: Callable[[str], None]) -> None:
+    if num_devices == 1:
+        return
+    if _backend_started():
+        have = sys.modules["jax"].device_count()
+        if have < num_devices:
+            raise BadInput(
+                f"the mesh needs {num_devices} devices and JAX has started with {have}: "
+                f"begin in a new process, or with XLA_FLAGS={_DEVICE_COUNT}={num_devices}"
+            )
+        return
+    flags = os.environ.get("XLA_FLAGS", "")
+    given = re.search(rf"{_DEVICE_COUNT}=(\d+)", flags)
+    several_processes = "JAX_COORDINATOR_ADDRESS" in os.environ
+    if accelerators() or given or several_processes or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} {_DEVICE_COUNT}={num_devices}".strip()
+    say(f"no accelerator found: {num_devices} devices are simulated on this machine's CPU")
+
+
+def _backend_started() -> bool:
+    # JAX has no public way to ask without starting it.
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    started = getattr(bridge, "backends_are_initialized", None)
+    return started is not None and started()

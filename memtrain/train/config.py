@@ -1,0 +1,63 @@
+"""How a run is optimised, checkpointed and watched. Imports no JAX."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with parameter groups (Loshchilov and Hutter 2019; table group after Berges et al. 2024)."""
+
+    learning_rate: float = 3e-3
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """"wsd" is warm-up, stable, decay (Hu et al. 2024)."""
+    warmup_steps: int = 50
+    decay_fraction: float = 0.2
+    """Share of the steps over which "wsd" decays."""
+    final_fraction: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    horizon_steps: int | None = None
+    """Length of the schedule; `train.num_steps` when the run began, unless set."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices only: not to norms, biases or memory tables."""
+    clip_norm: float | None = 1.0
+    """Global norm of all parameters but the memory tables."""
+    table_learning_rate: float = 1e-2
+    """Peak rate of memory tables; same schedule, no weight decay."""
+    table_clip_norm: float | None = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    num_steps: int = 1000
+    seed: int = 0
+    batch_size: int = 16
+    """Rows of the whole batch, over all devices and accumulation steps."""
+    seq_len: int = 512
+    """Tokens of a row."""
+    accumulation_steps: int = 1
+    """The batch is read in this many equal parts, one after the other, under one update."""
+    carry: Literal["none", "stop"] = "none"
+    """Memory state between steps: dropped, or kept with gradients stopped (needs data.order="document")."""
+    checkpoint_every_steps: int = 200
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept."""
+    keep_every_steps: int | None = None
+    """Checkpoints at multiples of this are kept for ever."""
+    log_every_steps: int = 10
+    evaluate_every_steps: int = 200
+    evaluate_batches: int = 8
+    """Held-out batches read at each evaluation."""
+    max_skipped_steps: int = 100
+    """Steps with a non-finite loss or gradient are skipped and counted; more than this in a row ends the run."""
+    init_from: str | None = None
+    """A run or artifact whose matching parameters are the starting point."""
+    freeze: tuple[str, ...] = ()
+    """Glob patterns of parameter names that are not trained, e.g. "embed*" or "blocks.0.*"."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step of a profiler trace, written to RUN/profile."""
+    tensorboard: bool = False
+    """Write TensorBoard event files too (needs the `tracking` extra)."""
