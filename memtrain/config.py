@@ -1,7 +1,7 @@
 """An experiment: everything that a run is made of, in one frozen tree of dataclasses.
 
-A recipe returns one, the command line overrides its leaves, and the resolved tree is written as JSON
-into the run and into every checkpoint. Imports no JAX.
+A recipe returns one, the command line overrides its leaves, and the resolved tree is written as
+JSON into the run and into every checkpoint. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 from memtrain.data.config import DataConfig
 from memtrain.errors import BadInput
 from memtrain.model.config import ModelConfig
+from memtrain.overrides import override
 from memtrain.parallel.config import MeshConfig
-from memtrain.schema import from_dict, override, register, to_dict
+from memtrain.schema import from_dict, register, to_dict
 from memtrain.train.config import OptimizerConfig, TrainConfig
 
 
@@ -109,9 +110,9 @@ def validated(experiment: Experiment, *, source: str = "") -> Experiment:
 
 
 def diff(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) of every leaf that differs, as JSON values; None where there is none.
+    """(key, old value, new value) of every leaf that differs, as JSON values; None where missing.
 
-    Takes configurations or the dicts made of them. Parts of different types or lengths count as one.
+    Takes configurations or the dicts made of them. Parts of another type or length count as one.
     """
     old = old if isinstance(old, Mapping) else to_dict(old)
     new = new if isinstance(new, Mapping) else to_dict(new)
@@ -149,7 +150,7 @@ def check_resume(
     """The operational differences of a run that resumes, to be printed: (key, stored, current).
 
     Raises `BadInput` that names the identity fields that differ, with both values. Call it after
-    `resolve_horizon`. A stored dict of an older version may lack fields: they count as their default.
+    `resolve_horizon`. A stored dict of an older version may lack fields: their defaults count.
     """
     if isinstance(stored, Mapping):
         stored = from_dict(Experiment, stored, source="the run's configuration")

@@ -112,7 +112,10 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             name = getattr(cause, "filename", None)
             said = os.strerror(getattr(cause, "errno", None) or errno.ENOSPC)
             place = f"{name}: " if name else ""
-            return f"{place}{said}: free some space, then run the same command again", STORAGE_FAILED
+            return (
+                f"{place}{said}: free some space, then run the same command again",
+                STORAGE_FAILED,
+            )
     return None
 
 

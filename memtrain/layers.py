@@ -5,12 +5,12 @@
 In a recipe a layer's name means its description; `build` makes the module.
 """
 
-from memtrain.config import register
 from memtrain.memory.attention import AttentionConfig as Attention
 from memtrain.memory.product_key import ProductKeyMemoryConfig as ProductKeyMemory
 from memtrain.model.config import Block as Block
 from memtrain.model.config import ModelConfig as ModelConfig
 from memtrain.model.feed_forward import SwiGLUConfig as SwiGLU
+from memtrain.schema import register
 
 
 def Window(window: int, **more) -> Attention:  # noqa: N802 - it stands where a class name stands

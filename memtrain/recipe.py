@@ -24,8 +24,8 @@ def load_recipe(spec: str) -> Experiment:
     """The experiment of "path/to/file.py[:function]", or of a run's config.json.
 
     Without a function: the one called `recipe`, else the only one annotated to return an
-    Experiment, else the only public one. Everything that can go wrong in the file is a `BadInput` in
-    one line, with the file and line where it happened.
+    Experiment, else the only public one. Whatever goes wrong in the file is a `BadInput` in one
+    line, with the file and line where it happened.
     """
     path, function_name = _split(spec)
     if path.suffix == ".json":
@@ -100,10 +100,7 @@ def _split(spec: str) -> tuple[Path, str | None]:
 
 
 def _no_such_file(path: Path) -> str:
-    if path.is_dir():
-        what = f"{path} is a folder"
-    else:
-        what = f"there is no recipe {path}"
+    what = f"{path} is a folder" if path.is_dir() else f"there is no recipe {path}"
     folder = path if path.is_dir() else path.parent
     near = nearest(path.name, [p.name for p in folder.glob("*.py")]) if folder.is_dir() else None
     if near is None and path.with_suffix(".py").is_file():
@@ -152,7 +149,7 @@ def _returns_experiment(function: Callable[..., Any]) -> bool:
 
 @contextlib.contextmanager
 def _told_in_one_line(path: Path) -> Iterator[None]:
-    """Imports of the file's neighbours work inside, and what the file raises becomes a `BadInput`."""
+    """Inside, the file's neighbours can be imported, and what it raises becomes a `BadInput`."""
     folder = str(path.resolve().parent)
     # Last, so that a neighbour called like an installed package does not hide it.
     sys.path.append(folder)

@@ -38,9 +38,9 @@ def prepare(num_devices: int = 1, *, say: Callable[[str], None] | None = None) -
 def cache_folder() -> Path | None:
     """Where compiled programs are kept; None if MEMTRAIN_CACHE=off.
 
-    JAX_COMPILATION_CACHE_DIR, else xla/ in MEMTRAIN_CACHE, else in memtrain/ of the XDG cache. Ours has
-    a folder per kind of processor: code compiled for one must not be loaded on another, and home
-    folders are shared.
+    JAX_COMPILATION_CACHE_DIR, else xla/ in MEMTRAIN_CACHE, else in memtrain/ of the XDG cache. Ours
+    has a folder per kind of processor: code compiled for one must not be loaded on another, and
+    home folders are shared.
     """
     if explicit := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(explicit)
@@ -60,7 +60,10 @@ def accelerators() -> list[str]:
     if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
         return []
     signs = {
-        "gpu": (("nvidia[0-9]*", "kfd"), ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")),
+        "gpu": (
+            ("nvidia[0-9]*", "kfd"),
+            ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin"),
+        ),
         "tpu": (("accel[0-9]*", "vfio/[0-9]*"), ("libtpu",)),
     }
     return [

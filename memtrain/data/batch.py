@@ -17,7 +17,7 @@ class Batch(NamedTuple):
     tokens: np.ndarray
     """int32 token ids; 0 where not valid."""
     targets: np.ndarray
-    """int32 ids to be predicted at each token; 0 where `loss_weights` is 0 for want of one."""
+    """int32 ids to be predicted at each token; of no meaning where `loss_weights` is 0."""
     loss_weights: np.ndarray
     """float32, 0 where nothing is to be learned (padding, the end of a document)."""
     positions: np.ndarray

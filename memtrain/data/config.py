@@ -13,7 +13,15 @@ class RecallTask:
     num_facts: int = 8
     """Key-value facts told in one row."""
     num_queries: int = 8
-    """Facts asked for in one row."""
+    """Facts asked for in one row, each once."""
+    name_len: int = 2
+    """Letters of a fact's name."""
+    value_len: int = 3
+    """Letters of what is to be remembered."""
+    answer_weight: float = 1.0
+    """Loss weight of a token of an answer; text has 1."""
+    count_text: bool = True
+    """Whether the text around the facts is in the loss too."""
 
 
 @dataclass(frozen=True, kw_only=True)

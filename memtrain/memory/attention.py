@@ -210,9 +210,12 @@ class Attention(Memory):
         in_ring = ctx.valid & ~is_sink
         rank = jnp.cumsum(in_ring, axis=1, dtype=jnp.int32) - 1
         count = rank[:, -1:] + 1
+        arrival = state["length"][:, None] + rank
+        # A ring shorter than the window exists only where the capacity is: then nothing may wrap.
+        short = ring < (self.config.window or 0)
         # Of tokens that share a slot only the newest is written: a scatter has no order.
-        newest = in_ring & (rank >= count - ring)
-        slot = jnp.where(newest, (state["length"][:, None] + rank) % ring, ring)
+        kept = in_ring & ((arrival < ring) if short else (rank >= count - ring))
+        slot = jnp.where(kept, arrival % ring, ring)
         out = _write(state, "", slot, k, v, ctx.positions, documents)
         if sinks:
             mine = is_sink & (documents == current[:, None])
@@ -221,13 +224,11 @@ class Attention(Memory):
             alive = out["sink_document"] == current[:, None]
             out["sink_document"] = jnp.where(alive, out["sink_document"], -1)
         length = state["length"] + count[:, 0]
-        # A ring shorter than the window exists only where the capacity is: then nothing may wrap.
-        short = ring < (self.config.window or 0)
         overflow = state["overflow"] | (length > ring) if short else state["overflow"]
         return {**out, "length": length, "overflow": overflow}
 
     def live_state(self, state: State) -> State:
-        """Slots outside the current document or window are set to zero; the rest are sorted."""
+        """Slots outside the current document are set to zero; the rest are sorted by position."""
         out = dict(state)
         current = state["current_document"][:, None]
         for prefix in ("sink_", "") if self.config.sink_tokens else ("",):

@@ -101,10 +101,8 @@ class ProductKeyMemory(Memory):
     def table_specs(self) -> dict[str, TableSpec]:
         return self.config.tables()
 
-    def select(
-        self, x: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T HK"], Int[Array, "B T HK"]]:
-        """Softmax weights and slots of what each token reads, all heads side by side."""
+    def half_scores(self, x: Float[Array, "B T D"]) -> Float[Array, "2 B T H N"]:
+        """Scores of both halves of each head's query against their half-keys, float32."""
         B, T, _ = x.shape
         config = self.config
         q = self.query(x).reshape(B, T, config.num_heads, 2, config.key_dim // 2)
@@ -122,9 +120,26 @@ class ProductKeyMemory(Memory):
         )
         if config.qk_norm:
             scores = scores * jnp.exp(self.log_temperature[...].astype(jnp.float32))[:, None]
-        best, slots = product_key_topk(scores[0], scores[1], config.top_k)
+        return scores
+
+    def select(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T HK"], Int[Array, "B T HK"]]:
+        """Softmax weights and slots of what each token reads, all heads side by side."""
+        B, T, _ = x.shape
+        scores = self.half_scores(x)
+        best, slots = product_key_topk(scores[0], scores[1], self.config.top_k)
         weights = jax.nn.softmax(best, axis=-1)
         return weights.reshape(B, T, -1), slots.reshape(B, T, -1)
+
+    def selection_margin(self, x, state, ctx) -> Float[Array, "B T"]:
+        """See `Memory`. Forms the scores of all slots: for tests."""
+        s1, s2 = self.half_scores(x)
+        sums = (s1[..., :, None] + s2[..., None, :]).reshape(*s1.shape[:-1], -1)
+        if self.config.top_k == self.config.num_slots:
+            return jnp.full(x.shape[:2], jnp.inf)
+        best, _ = jax.lax.top_k(sums, self.config.top_k + 1)
+        return jnp.min(best[..., -2] - best[..., -1], axis=-1)
 
     def __call__(
         self, x: Float[Array, "B T D"], state: State | None, ctx: Context

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from memtrain.description import TableSpec
+from memtrain.errors import BadInput
 
 
 # Tree mode: modules are plain pytrees, so jax's own transforms apply and nothing is shared or
@@ -181,6 +182,19 @@ class Memory(nnx.Module):
         """Row i of the result is a copy of row `rows[i]`."""
         return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), state)
 
+    def rollback(self, state: State, tokens: int) -> State:
+        """The state before the newest `tokens` valid tokens of each row, up to `rollback_slack`."""
+        raise ValueError(f"{type(self).__name__} offers no rollback")
+
+    def selection_margin(
+        self, x: Float[Array, "B T D"], state: State | None, ctx: Context
+    ) -> Float[Array, "B T"] | None:
+        """By how much the worst score that a token selects beats the best that it leaves.
+
+        None where nothing is selected. For the laws: next to a tie, rounding decides what is read.
+        """
+        return None
+
 
 def token_documents(
     current: Int[Array, "B"], ctx: Context
@@ -192,3 +206,16 @@ def token_documents(
     begun = jnp.cumsum(ctx.starts & ctx.valid, axis=1, dtype=jnp.int32)
     documents = current[:, None] + begun
     return jnp.where(ctx.valid, documents, -1), current + begun[:, -1]
+
+
+def raise_on_overflow(state: Any) -> None:
+    """Raises BadInput if any row of any memory was given more tokens than its capacity.
+
+    state: of one memory, or any tree of them (a model's). For hosts: it waits for the device.
+    """
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        if getattr(path[-1], "key", None) == "overflow" and (rows := jnp.flatnonzero(leaf).tolist()):
+            raise BadInput(
+                f"memory state{jax.tree_util.keystr(path[:-1])}: rows {rows} were given more tokens "
+                "than their capacity; make the state with a larger capacity, or reset the rows"
+            )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import jax
+import jax.numpy as jnp
 
 from memtrain.errors import CheckpointError
 
@@ -45,7 +46,7 @@ def info(leaf: Any) -> LeafInfo:
 
 def is_key(leaf: Any) -> bool:
     """Whether the leaf holds typed PRNG keys."""
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def check_fit(

@@ -36,7 +36,7 @@ class RunLock:
         return self._descriptor is not None
 
     def acquire(self) -> "RunLock":
-        """Take the lock; BadInput naming the holder (host, pid, job, since) if another job has it."""
+        """Take the lock; BadInput naming the holder (host, pid, job, since) if it is taken."""
         if self.held:
             return self
         try:

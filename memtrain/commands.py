@@ -1,0 +1,282 @@
+"""The commands: what each takes, checks before JAX is imported, and calls.
+
+A command's fields are its options (tyro reads their names, types and docstrings). `run` imports
+what it needs and returns the result as a dict; what it prints goes to stdout, or to stderr with
+--json.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg
+
+from memtrain.errors import BadInput
+
+
+# tyro would say "(default: None)" of what is simply optional.
+_optional = arg(help_behavior_hint="")
+_required = arg(help_behavior_hint="(required)")
+
+Json = Annotated[bool, _optional]
+Without = Annotated[
+    UseAppendAction[tuple[str, ...]], arg(metavar="MEMORY", help_behavior_hint="(repeatable)")
+]
+Target = Annotated[Positional[Path], arg(metavar="RUN|ARTIFACT", help_behavior_hint="")]
+Run = Annotated[Positional[Path], arg(metavar="RUN", help_behavior_hint="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a recipe, or go on where the run in its directory stopped: the same command resumes."""
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE", help_behavior_hint="")]
+    """path/to/file.py[:function] that returns an Experiment, or the config.json of a run."""
+    run_dir: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """Where the run lives: runs/NAME of the experiment unless given."""
+    set: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="KEY=VALUE", help_behavior_hint="(repeatable)"),
+    ] = ()
+    """Fields of the experiment to change, as in --set train.num_steps=100 data.path=a.txt,b.txt."""
+    seeds: Annotated[str | None, arg(metavar="N|A,B,..", help_behavior_hint="")] = None
+    """Train several seeds, one after the other: N from train.seed on, or the ones listed."""
+    json: Json = False
+    """Print the result as one JSON object on stdout, and progress on stderr."""
+
+    def run(self) -> dict[str, Any]:
+        from memtrain import runtime
+        from memtrain.config import override
+        from memtrain.recipe import load_recipe
+
+        experiment = override(load_recipe(self.recipe), self.set)
+        seeds = None if self.seeds is None else parse_seeds(self.seeds, experiment.train.seed)
+        run_dir = self.run_dir or Path("runs") / experiment.name
+        if run_dir.exists() and not run_dir.is_dir():
+            raise BadInput(f"--run-dir {run_dir} is a file: give a folder, or one to be made")
+        runtime.prepare(experiment.num_devices)
+        from memtrain.train.run import train
+
+        return train(experiment, run_dir, recipe=self.recipe, seeds=seeds, progress=say)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a checkpoint as an artifact that decodes by itself, once it reproduces training."""
+
+    run_: Annotated[Run, arg(name="run")]
+    """The run directory."""
+    out: Annotated[Path, arg(metavar="MODEL.MTX", help_behavior_hint="(required)")]
+    """The artifact to write, a folder."""
+    step: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """The checkpoint to export: the newest valid one unless given."""
+    json: Json = False
+    """Print the result as one JSON object on stdout, and progress on stderr."""
+
+    def run(self) -> dict[str, Any]:
+        must_exist(self.run_, "run")
+        at_least("--step", self.step, 0)
+        prepare()
+        from memtrain.decode.export import export
+
+        return export(self.run_, self.out, step=self.step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue a prompt with an exported model, as it goes."""
+
+    artifact: Annotated[Positional[Path], arg(metavar="ARTIFACT", help_behavior_hint="")]
+    """The exported model, a .mtx folder."""
+    prompt: Annotated[str, arg(metavar="TEXT", help_behavior_hint="(required)")]
+    """The text to go on from."""
+    max_tokens: Annotated[int, arg(metavar="N")] = 200
+    """New tokens at most."""
+    temperature: Annotated[float, arg(metavar="X")] = 1.0
+    """0 takes the likeliest token always."""
+    top_k: Annotated[int | None, arg(metavar="K", help_behavior_hint="")] = None
+    """Sample among the K likeliest tokens only."""
+    top_p: Annotated[float | None, arg(metavar="P", help_behavior_hint="")] = None
+    """Sample among the likeliest tokens that together have probability P."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """The same seed, prompt and artifact give the same text."""
+    without: Without = ()
+    """A memory to switch off."""
+    json: Json = False
+    """Print the result as one JSON object on stdout, and the text as it comes on stderr."""
+
+    def run(self) -> dict[str, Any]:
+        must_exist(self.artifact, "artifact")
+        at_least("--max-tokens", self.max_tokens, 1)
+        at_least("--temperature", self.temperature, 0)
+        at_least("--top-k", self.top_k, 1)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise BadInput(f"--top-p {self.top_p}: expected more than 0 and at most 1")
+        prepare()
+        from memtrain.decode.generate import generate
+
+        return generate(
+            self.artifact,
+            prompt=self.prompt,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            without=list(self.without),
+            stream=lambda text: print(text, end="", flush=True),
+        )
+
+    def show(self, result: dict[str, Any]) -> str:
+        """Nothing more: the text itself was the output."""
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure a run or an exported model through its decode path."""
+
+    target: Target
+    """A run directory or an exported model."""
+    task: Annotated[Literal["bpb", "mqar", "recall"], _required]
+    """bpb: bits per byte by position in the context. mqar, recall: accuracy by distance."""
+    data: Annotated[
+        UseAppendAction[tuple[Path, ...]], arg(metavar="PATH", help_behavior_hint="(repeatable)")
+    ] = ()
+    """Text to measure on: the held-out part of the run's own data unless given."""
+    without: Without = ()
+    """A memory to switch off."""
+    json: Json = False
+    """Print the result as one JSON object on stdout, and progress on stderr."""
+
+    def run(self) -> dict[str, Any]:
+        must_exist(self.target, "run or artifact")
+        prepare()
+        from memtrain.evaluate.run import evaluate
+
+        return evaluate(
+            self.target, task=self.task, data=list(self.data), without=list(self.without)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write RUN/report.html: what the model remembers, and how its training went."""
+
+    run_: Annotated[Run, arg(name="run")]
+    """The run directory."""
+    json: Json = False
+    """Print the result as one JSON object on stdout, and progress on stderr."""
+
+    def run(self) -> dict[str, Any]:
+        must_exist(self.run_, "run")
+        prepare()
+        from memtrain.evaluate.report import report
+
+        return report(self.run_)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Say whether this machine is ready, and what to do where it is not."""
+
+    json: Json = False
+    """Print the result as one JSON object on stdout, and progress on stderr."""
+
+    def run(self) -> dict[str, Any]:
+        from memtrain.doctor import examine
+
+        return examine()
+
+    def show(self, result: dict[str, Any]) -> str:
+        from memtrain.doctor import as_lines
+
+        return as_lines(result)
+
+
+COMMANDS: dict[str, type] = {
+    "train": Train,
+    "export": Export,
+    "generate": Generate,
+    "evaluate": Evaluate,
+    "report": Report,
+    "doctor": Doctor,
+}
+
+
+def parse(arguments: list[str]) -> Any:
+    """The command that the arguments ask for. Raises tyro's `SystemExit`: 0 help, 2 error."""
+    return tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="memtrain",
+        description="memtrain trains language models that remember.",
+        args=spread_set(arguments),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def options(command: type) -> dict[str, Any]:
+    """The options of a command, as typed, and their types without "may be left out"."""
+    found = {}
+    for name, annotation in typing.get_type_hints(command).items():
+        required = [a for a in typing.get_args(annotation) if a is not type(None)]
+        is_union = isinstance(annotation, types.UnionType)
+        found["--" + name.strip("_").replace("_", "-")] = required[0] if is_union else annotation
+    return found
+
+
+def spread_set(arguments: list[str]) -> list[str]:
+    """`--set a=1 b=2` as `--set a=1 --set b=2`: a RECIPE after it is not taken for a value."""
+    spread, values_follow = [], False
+    for argument in arguments:
+        if values_follow and "=" in argument and not argument.startswith("-"):
+            if spread[-1] != "--set":
+                spread.append("--set")
+        else:
+            values_follow = argument == "--set"
+        spread.append(argument)
+    return spread
+
+
+def parse_seeds(text: str, first: int) -> list[int]:
+    """The seeds of "3" (three from `first` on) or "0,7,9"."""
+    parts = [part.strip() for part in text.split(",")]
+    several = len(parts) > 1
+    if several and not parts[-1]:  # "7," lists one.
+        parts.pop()
+    if not all(part.isdecimal() for part in parts) or (not several and int(parts[0]) < 1):
+        raise BadInput(f"--seeds {text!r}: expected how many, as in 3, or a list, as in 0,7,9")
+    seeds = [int(part) for part in parts] if several else list(range(first, first + int(parts[0])))
+    if len(set(seeds)) < len(seeds):
+        raise BadInput(f"--seeds {text!r}: each seed once")
+    return seeds
+
+
+def must_exist(path: Path, what: str) -> None:
+    """Checks that the folder is there, before JAX takes its seconds to load."""
+    if not path.exists():
+        raise BadInput(f"there is no {what} {path}")
+    if not path.is_dir():
+        raise BadInput(f"{path} is a file: expected the folder of a {what}")
+
+
+def at_least(option: str, value: float | None, least: int) -> None:
+    if value is not None and not (least <= value < math.inf):
+        raise BadInput(f"{option} {value}: expected at least {least}")
+
+
+def prepare() -> None:
+    from memtrain import runtime
+
+    runtime.prepare()
+
+
+def say(line: str) -> None:
+    """Print one line of progress at once."""
+    print(line, flush=True)

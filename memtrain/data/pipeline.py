@@ -1,0 +1,379 @@
+"""Everything a run reads, from its configuration: batches from any sample on, and held-out text."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from memtrain.data.batch import Batch, empty_row, stack_rows
+from memtrain.data.config import DataConfig
+from memtrain.data.corpus import Corpus, Documents, Split, build_corpus
+from memtrain.data.mqar import MqarBatch, MqarRows, check_mqar, mqar_rows
+from memtrain.data.recall import RecallRows, check_recall
+from memtrain.data.rows import DocumentRows, MixedRows, PackedRows, Rows, Stream, num_rows
+from memtrain.data.seeded import derive
+from memtrain.data.tokenizer import Tokenizer, load_tokenizer
+from memtrain.errors import BadInput
+
+
+FORMAT = 1
+"""Raised when the same configuration would read other samples than before."""
+
+VALIDATION_KEY = derive("validation")
+"""Held-out rows do not depend on any seed, so that runs can be compared."""
+
+
+class Pipeline:
+    """What a run reads. Sample i is a pure function of i; a batch is `batch_size` samples.
+
+    Made by `build_pipeline`. Safe to use from several threads.
+    """
+
+    vocab_size: int
+    tokenizer: Tokenizer | None
+    """None for MQAR, whose tokens are numbers."""
+    rows_per_epoch: int
+    """Samples after which every training token was read once (of the text, where a task is mixed in)."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seq_len: int,
+        batch_size: int,
+        fingerprint: dict[str, Any],
+        rows: Rows,
+        validation_rows: Rows | None,
+        num_validation_rows: int,
+    ) -> None:
+        self._config = config
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self._fingerprint = fingerprint
+        self._rows = rows
+        self._validation_rows = validation_rows
+        self.num_validation_rows = num_validation_rows
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON object of every field that changes what is read; see `check_fingerprint`."""
+        return dict(self._fingerprint)
+
+    def batches(
+        self, start_sample: int = 0, *, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[Batch]:
+        """This process's rows of every batch from sample `start_sample` on, without end.
+
+        Batches are read ahead by a background thread, which ends when the iterator is closed or
+        dropped. The cursor is the caller's: the number of samples consumed over all processes.
+
+        Args:
+            start_sample: samples consumed before, 0 or more; any number, not only whole batches.
+            process_index: which contiguous block of the batch's rows, of `process_count` equal ones.
+        Yields:
+            Leaves of [batch_size / process_count, T].
+        Raises:
+            BadInput: the batch does not divide over the processes.
+        """
+        local_batch_size = self._local_batch_size(process_count)
+        assert start_sample >= 0 and 0 <= process_index < process_count
+        first = start_sample + process_index * local_batch_size
+        samples = _Samples(self._rows, first, local_batch_size, self.batch_size)
+        return _prefetched(samples, local_batch_size, self._config.prefetch)
+
+    def validation_batches(
+        self, num_batches: int, process_index: int = 0, process_count: int = 1
+    ) -> list[Batch]:
+        """The first `num_batches` held-out batches, always the same, as a list.
+
+        Fewer where no more is held out (the last one is then filled up with padding rows), none
+        with `data.validation_fraction` 0. Text only, also where a task is mixed in.
+        """
+        local_batch_size = self._local_batch_size(process_count)
+        if self._validation_rows is None:
+            return []
+        batches = []
+        for batch in range(min(num_batches, -(-self.num_validation_rows // self.batch_size))):
+            first = batch * self.batch_size + process_index * local_batch_size
+            rows = [
+                self._validation_rows.row(index)
+                if index < self.num_validation_rows
+                else empty_row(self.seq_len)
+                for index in range(first, first + local_batch_size)
+            ]
+            batches.append(stack_rows(rows))
+        return batches
+
+    def _local_batch_size(self, process_count: int) -> int:
+        if self.batch_size % process_count:
+            raise BadInput(
+                f"train.batch_size={self.batch_size} does not divide over {process_count}"
+                " processes; give a multiple"
+            )
+        return self.batch_size // process_count
+
+    # What only text has; MQAR says so.
+
+    def validation_documents(self) -> list[tuple[str, np.ndarray]]:
+        """Name and int32 tokens of every held-out document, in the corpus's order."""
+        raise self._no_text()
+
+    def text_read(self, num_samples: int) -> Iterator[np.ndarray]:
+        """The text that samples 0 .. num_samples - 1 hold: uint8 arrays, each one piece of a document.
+
+        For baselines that are trained on just those bytes. Rows of a mixed-in task are left out;
+        over an epoch every token comes once (but the last of the stream, which is only a target).
+        """
+        raise self._no_text()
+
+    def bytes_per_token(self, split: Split) -> float:
+        """Bytes that a token stands for on average: nats per token / this / ln 2 = bits per byte."""
+        raise self._no_text()
+
+    def _no_text(self) -> BadInput:
+        return BadInput("data.mqar reads no text; this asks for text")
+
+
+class TextPipeline(Pipeline):
+    """Documents, packed or in order, perhaps with a recall task mixed in."""
+
+    tokenizer: Tokenizer
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = tokenizer.vocab_size
+        self.corpus = corpus
+        fraction = config.validation_fraction
+        self._train_ids, train = corpus.split("train", fraction)
+        self._validation_ids, self._held_out = corpus.split("validation", fraction)
+        _check_size(config, train, seq_len, batch_size)
+        key = derive("text", config.seed, seed)
+
+        def rows_of(documents: Documents, key: int) -> PackedRows | DocumentRows:
+            stream = Stream(documents, key)
+            if config.order == "document":
+                return DocumentRows(stream, seq_len, batch_size)
+            return PackedRows(stream, seq_len, key)
+
+        self._text_rows = rows_of(train, key)
+        self.rows_per_epoch = self._text_rows.rows_per_epoch
+        rows: Rows = self._text_rows
+        if config.recall is not None:
+            recall = RecallRows(config.recall, tokenizer, train, seq_len, derive(key, "recall"))
+            rows = MixedRows(self._text_rows, recall, config.recall.share)
+        held_out = None
+        if self._held_out.num_tokens > 1:
+            held_out = rows_of(self._held_out, VALIDATION_KEY)
+        super().__init__(
+            config,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            fingerprint={
+                **_common_fingerprint(config, seq_len, batch_size, seed),
+                "data.content": corpus.digest,
+                "data.tokenizer": tokenizer.fingerprint(),
+                "data.order": config.order,
+                "data.validation_fraction": config.validation_fraction,
+                "data.recall": None if config.recall is None else asdict(config.recall),
+            },
+            rows=rows,
+            validation_rows=held_out,
+            num_validation_rows=0 if held_out is None else held_out.rows_per_epoch,
+        )
+
+    def train_documents(self) -> Documents:
+        """The spans that are trained on, as filler for generated tasks."""
+        return self.corpus.split("train", self._config.validation_fraction)[1]
+
+    def held_out_documents(self) -> Documents:
+        """The spans that are held out."""
+        return self._held_out
+
+    def validation_documents(self) -> list[tuple[str, np.ndarray]]:
+        spans = zip(self._validation_ids, self._held_out.begins, self._held_out.ends, strict=True)
+        tokens = self.corpus.tokens
+        return [(self.corpus.names[i], tokens[a:b].astype(np.int32)) for i, a, b in spans]
+
+    def text_read(self, num_samples: int) -> Iterator[np.ndarray]:
+        num_text = num_samples
+        if isinstance(self._rows, MixedRows):
+            num_text -= self._rows.count(num_samples)
+        for index in range(num_text):
+            row = self._text_rows.row(index)
+            tokens = row.tokens[row.valid]
+            for piece in np.split(tokens, np.flatnonzero(row.starts[row.valid])):
+                if len(piece):
+                    yield np.frombuffer(self.tokenizer.decode_bytes(piece), np.uint8)
+
+    def bytes_per_token(self, split: Split) -> float:
+        ids = self._train_ids if split == "train" else self._validation_ids
+        return self.corpus.bytes_per_token(ids) if len(ids) else 1.0
+
+
+class MqarPipeline(Pipeline):
+    """MQAR instead of text."""
+
+    tokenizer = None
+
+    def __init__(
+        self, config: DataConfig, task: Any, *, seq_len: int, batch_size: int, seed: int
+    ) -> None:
+        self.task = task
+        self.vocab_size = task.vocab_size
+        self.rows_per_epoch = task.num_train
+        # The sets belong to data.seed alone: runs with other train seeds learn and are asked the same.
+        self._set_key = derive("mqar", config.seed)
+        super().__init__(
+            config,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            fingerprint={
+                **_common_fingerprint(config, seq_len, batch_size, seed),
+                "data.mqar": asdict(task),
+            },
+            rows=MqarRows(
+                task,
+                seq_len,
+                set_key=self._set_key,
+                order_key=derive("mqar order", config.seed, seed),
+            ),
+            validation_rows=_MqarValidation(self),
+            num_validation_rows=task.num_validation,
+        )
+
+    def mqar_validation(self, begin: int, end: int) -> MqarBatch:
+        """Held-out rows begin .. end - 1 of `num_validation_rows`, with the distance of each query."""
+        indices = np.arange(begin, min(end, self.num_validation_rows))
+        return mqar_rows(
+            self.task, indices, seq_len=self.seq_len, key=self._set_key, split="validation"
+        )
+
+
+class _MqarValidation:
+    def __init__(self, pipeline: MqarPipeline) -> None:
+        self._pipeline = pipeline
+
+    def row(self, index: int) -> Batch:
+        batch = self._pipeline.mqar_validation(index, index + 1).batch
+        return Batch(*(leaf[0] for leaf in batch))
+
+
+class _Samples:
+    """One process's samples, in the order it reads them, as Grain asks for them."""
+
+    def __init__(self, rows: Rows, first: int, local_batch_size: int, batch_size: int) -> None:
+        self._rows = rows
+        self._first = first
+        self._local_batch_size = local_batch_size
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: Any) -> Batch:
+        batch, row = divmod(int(index), self._local_batch_size)
+        return self._rows.row(self._first + batch * self._batch_size + row)
+
+
+def _prefetched(samples: _Samples, batch_size: int, prefetch: int) -> Iterator[Batch]:
+    import grain  # Takes seconds and brings JAX along, which only who reads batches should pay for.
+
+    dataset = grain.MapDataset.source(samples).batch(batch_size, batch_fn=stack_rows)
+    options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+    iterator = iter(dataset.to_iter_dataset(options))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _common_fingerprint(
+    config: DataConfig, seq_len: int, batch_size: int, seed: int
+) -> dict[str, Any]:
+    return {
+        "data.format": FORMAT,
+        "data.seed": config.seed,
+        "train.seed": seed,
+        "train.seq_len": seq_len,
+        "train.batch_size": batch_size,
+    }
+
+
+def _check_config(config: DataConfig, seq_len: int, batch_size: int) -> None:
+    if seq_len < 1 or batch_size < 1:
+        raise BadInput(
+            f"train.seq_len={seq_len}, train.batch_size={batch_size}: both take 1 or more"
+        )
+    if not 0 <= config.validation_fraction < 1:
+        raise BadInput(
+            f"data.validation_fraction={config.validation_fraction}: it takes 0 up to, but not, 1"
+        )
+    if config.order not in ("packed", "document"):
+        raise BadInput(f'data.order={config.order!r}: it takes "packed" or "document"')
+    if config.prefetch < 0:
+        raise BadInput(f"data.prefetch={config.prefetch}: it takes 0 (no thread) or more")
+    if config.mqar is not None and (config.recall is not None or config.order != "packed"):
+        raise BadInput('data.mqar goes neither with data.recall nor with data.order="document"')
+    if config.recall is not None and config.order != "packed":
+        raise BadInput(
+            'data.recall takes data.order="packed": its rows would break the documents of the lanes'
+        )
+
+
+def _check_size(config: DataConfig, train: Documents, seq_len: int, batch_size: int) -> None:
+    where = f"data.path={','.join(config.path)!r}"
+    have = train.num_tokens
+    if have < seq_len + 1:
+        raise BadInput(
+            f"{where} has {have} training tokens; a row of train.seq_len={seq_len} takes"
+            f" {seq_len + 1}"
+        )
+    if config.order == "document" and num_rows(have, seq_len) < batch_size:
+        raise BadInput(
+            f"{where} has {num_rows(have, seq_len)} training rows of {seq_len} tokens;"
+            f' data.order="document" takes one for each of train.batch_size={batch_size}'
+        )
+
+
+def build_pipeline(
+    config: DataConfig, *, seq_len: int, batch_size: int, seed: int = 0
+) -> TextPipeline | MqarPipeline:
+    """Open (on first use: build) what a run reads.
+
+    Args:
+        seq_len: tokens of a row.
+        batch_size: rows of the whole batch, over all processes.
+        seed: the run's seed; with `config.seed` it sets the order of everything read.
+    Raises:
+        BadInput: see `build_corpus`, `load_tokenizer`, `check_mqar`, `check_recall`; a corpus
+            smaller than a row; settings that do not go together.
+        StorageFailed: the cache cannot be written.
+    """
+    _check_config(config, seq_len, batch_size)
+    if config.mqar is not None:
+        check_mqar(config.mqar, seq_len)
+        return MqarPipeline(
+            config, config.mqar, seq_len=seq_len, batch_size=batch_size, seed=seed
+        )
+    tokenizer = load_tokenizer(config.tokenizer)
+    if config.recall is not None:
+        check_recall(config.recall, tokenizer, seq_len)
+    corpus = build_corpus(config.path, tokenizer, text_field=config.text_field)
+    return TextPipeline(
+        config,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        corpus=corpus,
+        tokenizer=tokenizer,
+    )

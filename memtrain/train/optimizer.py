@@ -1,0 +1,100 @@
+"""AdamW with parameter groups and schedules, from optax.
+
+Three groups: memory tables (own learning rate and clip, no weight decay), frozen parameters, and all
+the rest, of which only matrices are decayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from memtrain.errors import BadInput
+from memtrain.train.config import OptimizerConfig
+
+
+def schedule_of(config: OptimizerConfig, peak: float, num_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then cosine, warm-up-stable-decay, or constant.
+
+    `num_steps` is the horizon where the config gives none.
+    """
+    horizon = config.horizon_steps or num_steps
+    warmup = min(config.warmup_steps, horizon)
+    final = peak * config.final_fraction
+    decay = round(horizon * config.decay_fraction)
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(1, horizon - warmup), config.final_fraction)
+    else:
+        stable = max(0, horizon - warmup - decay)
+        after = optax.join_schedules(
+            [
+                optax.constant_schedule(peak),
+                optax.linear_schedule(peak, final, max(1, decay)),
+            ],
+            [stable],
+        )
+    if warmup == 0:
+        return after
+    # Step 0 already learns: a first step at rate zero is a step wasted.
+    return optax.join_schedules(
+        [optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)), after], [warmup]
+    )
+
+
+def groups_of(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], tables: set[str], frozen: set[str]
+) -> dict[str, str]:
+    """"table", "frozen" or "main" for each parameter."""
+    return {
+        name: "frozen" if name in frozen else "table" if name in tables else "main"
+        for name in shapes
+    }
+
+
+def is_matrix(name: str, axes: tuple[str | None, ...]) -> bool:
+    """Whether weight decay applies: at least two dimensions besides `layers`."""
+    return sum(axis != "layers" for axis in axes) >= 2
+
+
+def optimizer_of(
+    config: OptimizerConfig,
+    num_steps: int,
+    groups: Mapping[str, str],
+    axes: Mapping[str, tuple[str | None, ...]],
+) -> optax.GradientTransformation:
+    """The update of all groups. Clipping is by the global norm within a group."""
+    if not 0 <= config.decay_fraction <= 1:
+        raise BadInput(f"optimizer.decay_fraction={config.decay_fraction} must be between 0 and 1")
+
+    def chain(clip: float | None, *rest: optax.GradientTransformation):
+        first = [] if clip is None else [optax.clip_by_global_norm(clip)]
+        return optax.chain(*first, *rest)
+
+    betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
+    main = chain(
+        config.clip_norm,
+        optax.adamw(
+            schedule_of(config, config.learning_rate, num_steps),
+            **betas,
+            weight_decay=config.weight_decay,
+            mask=lambda tree: {name: is_matrix(name, axes[name]) for name in tree},
+        ),
+    )
+    table = chain(
+        config.table_clip_norm,
+        optax.adam(schedule_of(config, config.table_learning_rate, num_steps), **betas),
+    )
+    return optax.partition(
+        {"main": main, "table": table, "frozen": optax.set_to_zero()}, dict(groups)
+    )
+
+
+def global_norm(tree: Mapping[str, jax.Array], names: set[str]) -> jax.Array:
+    """The 2-norm of the named leaves together, in float32; 0 where there are none."""
+    squares = [jnp.sum(jnp.square(tree[name].astype(jnp.float32))) for name in sorted(names)]
+    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))

@@ -1,0 +1,356 @@
+"""The training run, from top to bottom. The same call resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import signal
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from memtrain.config import Experiment, check_resume, resolve_horizon
+from memtrain.data.batch import Batch
+from memtrain.data.fingerprint import check_fingerprint
+from memtrain.data.pipeline import Pipeline, build_pipeline
+from memtrain.errors import BadInput, Preempted
+from memtrain.model.flops import forward_flops
+from memtrain.model.parameters import count_parameters
+from memtrain.parallel.mesh import initialize_distributed, mesh_of
+from memtrain.parallel.peak import peak_flops
+from memtrain.parallel.sharding import batch_sharding
+from memtrain.train import records
+from memtrain.train.checkpoint import CheckpointStore
+from memtrain.train.clock import Clock, format_seconds, resident_bytes
+from memtrain.train.evaluation import evaluate_batches
+from memtrain.train.init_from import initialise_from
+from memtrain.train.metrics import MetricsWriter
+from memtrain.train.profile import Profiler
+from memtrain.train.run_dir import RunLock
+from memtrain.train.state import Plan, TrainState
+from memtrain.train.step import make_evaluation_step, make_train_step
+
+
+Progress = Callable[[str], None]
+
+
+def train(
+    experiment: Experiment,
+    run_dir: Path,
+    *,
+    recipe: str = "",
+    seeds: Sequence[int] | None = None,
+    progress: Progress = print,
+) -> dict[str, Any]:
+    """Trains to `train.num_steps`, from the newest valid checkpoint if there is one.
+
+    With `seeds`, one run for each in `run_dir/seed-N`, and the mean and standard deviation of what
+    they reach. Returns the last metrics. Raises MemtrainError with the documented exit codes.
+    """
+    initialize_distributed()
+    if seeds is None:
+        return _train_one(experiment, run_dir, recipe, progress)
+    results = []
+    for seed in seeds:
+        progress(f"seed {seed}")
+        seeded = dataclasses.replace(
+            experiment, train=dataclasses.replace(experiment.train, seed=seed)
+        )
+        results.append(_train_one(seeded, run_dir / f"seed-{seed}", recipe, progress))
+    return {"run_dir": str(run_dir), "seeds": list(seeds), **_spread(results), "runs": results}
+
+
+def _train_one(
+    experiment: Experiment, run_dir: Path, recipe: str, progress: Progress
+) -> dict[str, Any]:
+    is_first = jax.process_index() == 0
+    say = progress if is_first else lambda line: None
+
+    # Everything that can be wrong is found before anything is written.
+    stored = records.read_experiment(run_dir)
+    experiment = resolve_horizon(stored, experiment)
+    if stored is not None:
+        for key, old, new in check_resume(stored, experiment):
+            say(f"{key}: {old} -> {new}")
+    config = experiment.train
+    mesh = mesh_of(experiment.mesh)
+    pipeline = build_pipeline(
+        experiment.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
+    )
+    fingerprint = pipeline.fingerprint()
+    if "fingerprint" in (run := records.read_run(run_dir)):
+        check_fingerprint(run["fingerprint"], fingerprint)
+    plan = Plan.of(experiment, _vocab_size(experiment, pipeline), mesh)
+
+    with (
+        _written_by_us(run_dir, is_first),
+        CheckpointStore(
+            run_dir / records.CHECKPOINTS,
+            keep=config.keep_checkpoints,
+            keep_every_steps=config.keep_every_steps,
+        ) as store,
+        _Stop() as stop,
+    ):
+        candidate = store.newest_valid()
+        if is_first:
+            records.write_records(run_dir, experiment, recipe=recipe, fingerprint=fingerprint)
+        store.warm_up()
+        if candidate is not None:
+            state = store.restore(candidate.step, plan.abstract())
+            say(f"resumed from step {candidate.step} of {run_dir}")
+        else:
+            state = plan.init()
+            if config.init_from is not None:
+                state = initialise_from(config.init_from, plan, state, say)
+        writer = MetricsWriter(
+            run_dir,
+            resume_step=candidate.step if candidate else 0,
+            tensorboard=config.tensorboard,
+            enabled=is_first,
+        )
+        loop = _Loop(plan, pipeline, store, writer, Profiler(run_dir, config.profile_steps), say)
+        try:
+            result = loop.run(state, stop)
+        finally:
+            writer.close()
+    return {"run_dir": str(run_dir), **result}
+
+
+class _Loop:
+    """The loop and what it looks at. `run` reads from top to bottom."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        pipeline: Pipeline,
+        store: CheckpointStore,
+        writer: MetricsWriter,
+        profiler: Profiler,
+        say: Progress,
+    ):
+        self.plan, self.pipeline, self.store, self.writer = plan, pipeline, store, writer
+        self.profiler, self.say = profiler, say
+        self.config = plan.experiment.train
+        self.tokens_per_step = self.config.batch_size * self.config.seq_len
+        self.clock = Clock()
+        self.last: dict[str, Any] = {}
+
+    def run(self, state: TrainState, stop: _Stop) -> dict[str, Any]:
+        config, plan = self.config, self.plan
+        step = first = int(state.step)
+        self.describe()
+        train_step = make_train_step(plan)
+        batches = on_devices(
+            self.pipeline.batches(
+                step * config.batch_size,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            ),
+            plan.mesh,
+        )
+        losses: list[jax.Array] = []
+        pending: tuple[int, int, dict[str, jax.Array]] | None = None
+        while step < config.num_steps and not stop.asked:
+            batch = next(batches)
+            with self.profiler.step(step):
+                state, metrics = train_step(state, batch)
+            step += 1
+            if step == first + 1:
+                jax.block_until_ready(metrics)
+                self.say(f"first step after {self.clock.elapsed():.1f}s")
+                self.clock.lap()
+            # Metrics are read one step late, so that the devices never wait for the host.
+            if pending is not None:
+                self.log(*pending, losses)
+                pending = None
+            losses.append(metrics["train/loss"])
+            if step % config.log_every_steps == 0 or step == config.num_steps:
+                pending = (step, len(losses), metrics)
+            if self.is_due(step, config.evaluate_every_steps):
+                pending = self.flush(pending, losses)
+                self.evaluate(step, state)
+            if self.is_due(step, config.checkpoint_every_steps):
+                pending = self.flush(pending, losses)
+                self.checkpoint(step, state)
+            self.store.poll()
+        self.flush(pending, losses)
+        if stop.asked and step < config.num_steps:
+            self.checkpoint(step, state, wait=True)
+            raise Preempted(f"stopped by {stop.asked} and saved at step {step}: run again to go on")
+        if not self.last and step > 0:
+            self.evaluate(step, state)
+        self.store.close()
+        return {"step": step, "tokens": step * self.tokens_per_step, **self.last}
+
+    def is_due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.config.num_steps
+
+    def flush(self, pending, losses: list[jax.Array]) -> None:
+        if pending is not None:
+            self.log(*pending, losses)
+
+    def log(self, step: int, count: int, metrics: dict[str, jax.Array], losses: list) -> None:
+        """One dense line, and one of metrics.jsonl. `count` losses are of this interval."""
+        values: dict[str, Any] = {name: np.asarray(v).item() for name, v in metrics.items()}
+        interval = [float(np.asarray(loss)) for loss in losses[:count]]
+        del losses[:count]
+        seconds = self.clock.lap()
+        values["train/loss"] = statistics.fmean(interval)
+        steps = len(interval) if step != 1 else 0
+        rate = self.tokens_per_step * len(interval) / max(seconds, 1e-9)
+        values |= {
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": rate,
+            "goodput": self.clock.goodput(),
+            "seconds": self.clock.elapsed(),
+            "host_resident_bytes": resident_bytes(),
+        }
+        if self.peak is not None:
+            values["mfu"] = rate * self.flops.training / self.peak
+        self.writer.write(step, values)
+        self.last |= {k: values[k] for k in ("train/loss", "tokens_per_second")}
+        left = (self.config.num_steps - step) * seconds / max(steps, 1)
+        self.say(
+            f"step {step:>6}/{self.config.num_steps} | loss {values['train/loss']:.4f} | "
+            f"lr {values['train/learning_rate']:.2e} | grad {values['train/grad_norm']:.2f} | "
+            f"{rate:>7,.0f} tok/s | mfu {_percent(values.get('mfu'))} | "
+            f"eta {format_seconds(left)}"
+            + (f" | skipped {values['train/skipped_steps']}" * (values["train/skipped_steps"] > 0))
+        )
+        if values["train/skipped_in_row"] > self.config.max_skipped_steps:
+            raise BadInput(
+                f"step {step}: loss or gradient not finite for {values['train/skipped_in_row']} "
+                "steps in a row (train.max_skipped_steps); lower optimizer.learning_rate, or look "
+                "at the data of these steps"
+            )
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        with self.clock.pause("evaluation"):
+            found = evaluate_batches(
+                self.evaluation_step,
+                state.parameters,
+                self.validation_batches,
+                bytes_per_token=self.bytes_per_token,
+            )
+        self.writer.write(step, found)
+        self.last |= {k: v for k, v in found.items() if isinstance(v, float)}
+        name = "bits_per_byte" if "validation/bits_per_byte" in found else "accuracy"
+        self.say(
+            f"step {step:>6} | held out: loss {found['validation/loss']:.4f}, "
+            f"{name.replace('_', ' ')} {found['validation/' + name]:.4f}"
+        )
+
+    def checkpoint(self, step: int, state: TrainState, *, wait: bool = False) -> None:
+        with self.clock.pause("checkpoint"):
+            self.store.save(
+                step,
+                state,
+                {
+                    "experiment": records.to_dict(self.plan.experiment),
+                    "cursor": {"samples": step * self.config.batch_size},
+                    "fingerprint": self.pipeline.fingerprint(),
+                    "vocab_size": self.plan.skeleton.vocab_size,
+                },
+                wait=wait,
+            )
+
+    def describe(self) -> None:
+        """Prints what will be trained, and prepares what the log lines count from."""
+        skeleton, experiment = self.plan.skeleton, self.plan.experiment
+        self.evaluation_step = make_evaluation_step(self.plan)
+        self.bytes_per_token = (
+            self.pipeline.bytes_per_token("validation") if self.pipeline.tokenizer else None
+        )
+        local = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        self.validation_batches = list(
+            on_devices(
+                iter(self.pipeline.validation_batches(self.config.evaluate_batches, **local)),
+                self.plan.mesh,
+            )
+        )
+        with jax.ensure_compile_time_eval():
+            model = skeleton.merge(skeleton.shapes)  # type: ignore[arg-type]
+        self.flops = forward_flops(model, self.config.seq_len)
+        self.peak, source = peak_flops(self.plan.mesh.size, experiment.model.dtypes.matmul)
+        tables = sum(skeleton.shapes[name].size for name in skeleton.tables)
+        parameters = count_parameters(skeleton.shapes)
+        self.say(
+            f"{experiment.name}: {parameters / 1e6:.2f}M parameters ({tables / 1e6:.2f}M in memory "
+            f"tables), {self.flops.training / 1e6:.1f} MFLOP a token, mesh "
+            + " x ".join(f"{axis}={size}" for axis, size in self.plan.mesh.shape.items())
+        )
+        self.say(f"mfu counts from {source}")
+
+
+class _Stop:
+    """SIGTERM (preemption) and SIGINT ask for a stop at the next step; a second one stops at once."""
+
+    def __init__(self):
+        self.asked: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
+        except ValueError:  # not the main thread: whoever owns it decides
+            self._before.clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = signal.Signals(number).name
+        signal.signal(number, self._before[number])
+
+
+def on_devices(batches: Iterator[Batch], mesh: Mesh) -> Iterator[Batch]:
+    """Each process's rows become its part of the global batch; one batch is sent ahead."""
+    sharding = batch_sharding(mesh)
+
+    def put(batch: Batch) -> Batch:
+        return Batch(*(jax.make_array_from_process_local_data(sharding, a) for a in batch))
+
+    ahead = [put(batch) for batch in itertools.islice(batches, 1)]
+    for batch in batches:
+        ahead.append(put(batch))
+        yield ahead.pop(0)
+    yield from ahead
+
+
+def _written_by_us(run_dir: Path, is_first: bool):
+    import contextlib
+
+    return RunLock(run_dir) if is_first else contextlib.nullcontext()
+
+
+def _vocab_size(experiment: Experiment, pipeline: Pipeline) -> int:
+    wanted = experiment.model.vocab_size
+    if wanted is not None and wanted < pipeline.vocab_size:
+        raise BadInput(
+            f"model.vocab_size={wanted} is smaller than the tokenizer's {pipeline.vocab_size}"
+        )
+    return wanted or pipeline.vocab_size
+
+
+def _spread(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of every number that all of them report."""
+    found = {}
+    for name, value in results[0].items():
+        if isinstance(value, float) and all(math.isfinite(r[name]) for r in results):
+            values = [r[name] for r in results]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            found[name] = {"mean": statistics.fmean(values), "stdev": spread}
+    return found
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"

@@ -1,0 +1,148 @@
+"""What a training run is at one step, and where each part of it lives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, UInt32
+
+from memtrain.config import Experiment
+from memtrain.errors import BadInput
+from memtrain.model.parameters import Parameters, Skeleton, match_names
+from memtrain.parallel.sharding import replicated, state_shardings
+from memtrain.train.optimizer import groups_of, optimizer_of
+
+
+CARRY_CAPACITY = 2**30
+"""Tokens that a carried state must be able to take in: without end, for all practical purposes."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a checkpoint holds, and that a step takes and gives back.
+
+    step: updates tried. skipped: those left out for a non-finite loss or gradient, in all;
+    skipped_in_row: since the last good one. carry: the memories' state, or None. rng: key data.
+    """
+
+    step: Int[Array, ""]
+    parameters: Parameters
+    optimizer: Any
+    carry: Any
+    rng: UInt32[Array, "key"]
+    skipped: Int[Array, ""]
+    skipped_in_row: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The fixed parts of a run: the model's skeleton, its optimizer, its mesh, its groups."""
+
+    experiment: Experiment
+    skeleton: Skeleton
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    groups: Mapping[str, str]
+
+    @classmethod
+    def of(cls, experiment: Experiment, vocab_size: int, mesh: Mesh) -> Plan:
+        """Raises BadInput where the parts do not fit each other."""
+        skeleton = Skeleton.of(experiment.model, vocab_size)
+        names = sorted(skeleton.shapes)
+        frozen = match_names(experiment.train.freeze, names, "train.freeze")
+        groups = groups_of(skeleton.shapes, skeleton.tables, frozen)
+        optimizer = optimizer_of(
+            experiment.optimizer, experiment.train.num_steps, groups, skeleton.axes()
+        )
+        plan = cls(experiment, skeleton, mesh, optimizer, groups)
+        if experiment.train.carry != "none":
+            plan.carry_spec()
+        return plan
+
+    def group(self, name: str) -> set[str]:
+        return {n for n, group in self.groups.items() if group == name}
+
+    def carry_spec(self) -> Any:
+        """Spec of the state between steps. A stream has no end, so every leaf must be of fixed size."""
+        from memtrain.memory.protocol import is_leaf_spec
+
+        model = self.skeleton.merge(self.skeleton.shapes)  # type: ignore[arg-type]
+        spec = model.state_spec(self.experiment.train.batch_size, CARRY_CAPACITY)
+        flat, _ = jax.tree_util.tree_flatten_with_path(spec, is_leaf=is_leaf_spec)
+        growing = [path for path, leaf in flat if leaf.growth != "fixed"]
+        if growing:
+            layer, place = growing[0][0].idx, growing[0][1].key
+            raise BadInput(
+                f'train.carry="{self.experiment.train.carry}": the memory of layer {layer} '
+                f"({place}) grows with every token and cannot be carried without end; give it a "
+                'window, or set train.carry="none"'
+            )
+        return spec
+
+    def init(self) -> TrainState:
+        """The state at step 0, each array made where it will live."""
+        key = jax.random.key(self.experiment.train.seed)
+        shardings = self.shardings()
+        return jax.jit(self._init, out_shardings=shardings)(key)
+
+    def _init(self, key: Array) -> TrainState:
+        model_key, run_key = jax.random.split(key)
+        parameters = self.skeleton.init(model_key)
+        carry = None
+        if self.experiment.train.carry != "none":
+            model = self.skeleton.merge(parameters)
+            carry = model.init_state(self.experiment.train.batch_size, CARRY_CAPACITY)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            parameters=parameters,
+            optimizer=self.optimizer.init(parameters),
+            carry=carry,
+            rng=jax.random.key_data(run_key),
+            skipped=jnp.zeros((), jnp.int32),
+            skipped_in_row=jnp.zeros((), jnp.int32),
+        )
+
+    def shapes(self) -> TrainState:
+        """Shapes and dtypes of the state, before anything is allocated."""
+        return jax.eval_shape(self._init, jax.random.key(0))
+
+    def shardings(self) -> TrainState:
+        """Where each array of the state lives. Optimizer moments live with their parameter."""
+        shapes, mesh = self.shapes(), self.mesh
+        parameters = self.skeleton.shardings(mesh)
+        everywhere = replicated(mesh)
+
+        def of_moment(path, leaf):
+            for entry in path:
+                name = getattr(entry, "key", None)
+                if name in parameters and leaf.shape == shapes.parameters[name].shape:
+                    return parameters[name]
+            return everywhere
+
+        carry = None
+        if shapes.carry is not None:
+            carry = state_shardings(self.carry_spec(), mesh)
+        return TrainState(
+            step=everywhere,
+            parameters=parameters,
+            optimizer=jax.tree_util.tree_map_with_path(of_moment, shapes.optimizer),
+            carry=carry,
+            rng=everywhere,
+            skipped=everywhere,
+            skipped_in_row=everywhere,
+        )
+
+    def abstract(self) -> TrainState:
+        """Shapes with shardings: what a checkpoint is restored into."""
+        return jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+            self.shapes(),
+            self.shardings(),
+        )

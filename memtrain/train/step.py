@@ -1,0 +1,182 @@
+"""The train step and the evaluation step: pure functions under plain `jax.jit`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from memtrain.data.batch import Batch
+from memtrain.memory.protocol import Aux, Context
+from memtrain.model.loss import cross_entropy_sum, token_losses
+from memtrain.parallel.sharding import batch_sharding, constrain_batch, replicated
+from memtrain.train.optimizer import global_norm, schedule_of
+from memtrain.train.state import Plan, TrainState
+
+
+Metrics = dict[str, Array]
+
+
+def context_of(batch: Batch, *, want_metrics: bool = False, want_reads: bool = False) -> Context:
+    return Context(
+        positions=batch.positions,  # type: ignore[arg-type]
+        starts=batch.starts,  # type: ignore[arg-type]
+        valid=batch.valid,  # type: ignore[arg-type]
+        want_metrics=want_metrics,
+        want_reads=want_reads,
+    )
+
+
+def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """One update. Loss is the sum over weighted tokens divided by their weight in the whole batch,
+    however many devices and accumulation steps it is spread over."""
+    config = plan.experiment.train
+    model_config = plan.experiment.model
+    chunk, matmul = model_config.loss_chunk_tokens, model_config.dtypes.matmul
+    learning_rate = schedule_of(
+        plan.experiment.optimizer, plan.experiment.optimizer.learning_rate, config.num_steps
+    )
+    trained = plan.group("main") | plan.group("table")
+
+    def loss_sum(parameters, batch: Batch, carry):
+        model = plan.skeleton.merge(parameters)
+        hidden, carry, aux = model(batch.tokens, carry, context_of(batch, want_metrics=True))
+        loss = cross_entropy_sum(
+            hidden, model.head(), batch.targets, batch.loss_weights, chunk, matmul
+        )
+        # An auxiliary loss is per token: it counts as often as there are weighted tokens.
+        extra = sum(_aux_losses(aux)) * jnp.sum(batch.loss_weights)
+        return loss + extra, (loss, jax.lax.stop_gradient(carry), _aux_metrics(aux))
+
+    def gradients(parameters, batch: Batch, carry):
+        frozen = {n: a for n, a in parameters.items() if n not in trained}
+        moving = {n: a for n, a in parameters.items() if n in trained}
+        function = jax.value_and_grad(lambda p: loss_sum(p | frozen, batch, carry), has_aux=True)
+        (_, (loss, carry, metrics)), grads = function(moving)
+        return loss, carry, metrics, grads
+
+    def accumulated(parameters, batch: Batch, carry):
+        """The sum of the parts' losses and gradients, one part at a time."""
+        parts = config.accumulation_steps
+        if parts == 1:
+            return gradients(parameters, batch, carry)
+        # Row r goes to part r mod parts: every part keeps rows of every device.
+        split = lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0)  # noqa: E731
+        join = lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:])  # noqa: E731
+
+        def body(total, part):
+            rows, state = part
+            rows = constrain_batch(rows, plan.mesh)
+            loss, state, metrics, grads = gradients(parameters, rows, state)
+            return jax.tree.map(jnp.add, total, (loss, grads)), (state, metrics)
+
+        zeros = {
+            n: jnp.zeros(a.shape, jnp.float32) for n, a in parameters.items() if n in trained
+        }
+        xs = (jax.tree.map(split, batch), jax.tree.map(split, carry))
+        (loss, grads), (carry, metrics) = jax.lax.scan(
+            body, (jnp.zeros((), jnp.float32), zeros), xs
+        )
+        metrics = jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
+        return loss, jax.tree.map(join, carry), metrics, grads
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, carry, memory, grads = accumulated(state.parameters, batch, state.carry)
+        weight = jnp.sum(batch.loss_weights)
+        scale = 1.0 / jnp.maximum(weight, 1e-9)
+        loss = loss * scale
+        grads = {n: g * scale for n, g in grads.items()}
+        main = global_norm(grads, plan.group("main"))
+        table = global_norm(grads, plan.group("table"))
+        good = jnp.isfinite(loss) & jnp.isfinite(main) & jnp.isfinite(table)
+
+        frozen = {n: jnp.zeros_like(a) for n, a in state.parameters.items() if n not in trained}
+        updates, optimizer = plan.optimizer.update(
+            grads | frozen, state.optimizer, state.parameters
+        )
+        parameters = optax.apply_updates(state.parameters, updates)
+        # A skipped step leaves everything as it was before it, the memories' state too.
+        keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
+        metrics = {
+            "train/loss": loss,
+            "train/tokens_weighted": weight,
+            "train/grad_norm": main,
+            "train/learning_rate": learning_rate(state.step),
+            "train/skipped_steps": state.skipped + ~good,
+            "train/skipped_in_row": jnp.where(good, 0, state.skipped_in_row + 1),
+            **{f"memory/{name}": value for name, value in memory.items()},
+        }
+        if plan.group("table"):
+            metrics["train/table_grad_norm"] = table
+        return (
+            TrainState(
+                step=state.step + 1,
+                parameters=jax.tree.map(keep, parameters, state.parameters),
+                optimizer=jax.tree.map(keep, optimizer, state.optimizer),
+                carry=jax.tree.map(keep, carry, state.carry),
+                rng=state.rng,
+                skipped=metrics["train/skipped_steps"],
+                skipped_in_row=metrics["train/skipped_in_row"],
+            ),
+            metrics,
+        )
+
+    shardings = plan.shardings()
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, Batch(*[batch_sharding(plan.mesh)] * len(Batch._fields))),
+        out_shardings=(shardings, replicated(plan.mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_evaluation_step(plan: Plan) -> Callable[[Any, Batch], dict[str, Array]]:
+    """Sums over a held-out batch: `nll` and `weight` in all, and of each position of the row."""
+    model_config = plan.experiment.model
+    chunk, matmul = model_config.loss_chunk_tokens, model_config.dtypes.matmul
+
+    def evaluation_step(parameters, batch: Batch) -> dict[str, Array]:
+        model = plan.skeleton.merge(parameters)
+        hidden, _, aux = model(batch.tokens, None, context_of(batch, want_metrics=True))
+        nll, correct = token_losses(hidden, model.head(), batch.targets, chunk, matmul)
+        answers = batch.loss_weights
+        return {
+            "nll": jnp.sum(nll * answers),
+            "correct": jnp.sum(correct * answers),
+            "weight": jnp.sum(answers),
+            "nll_by_position": jnp.sum(nll * answers, axis=0),
+            "weight_by_position": jnp.sum(answers, axis=0),
+            "memory": _aux_metrics(aux),
+        }
+
+    return jax.jit(
+        evaluation_step,
+        in_shardings=(
+            plan.skeleton.shardings(plan.mesh),
+            Batch(*[batch_sharding(plan.mesh)] * len(Batch._fields)),
+        ),
+        out_shardings=replicated(plan.mesh),
+    )
+
+
+def _each_aux(aux: list[dict[str, Aux]]):
+    for layer, places in enumerate(aux):
+        for place, report in places.items():
+            yield f"{layer}.{place}", report
+
+
+def _aux_losses(aux: list[dict[str, Aux]]) -> list[Array]:
+    return [loss for _, report in _each_aux(aux) for loss in report.losses.values()]
+
+
+def _aux_metrics(aux: list[dict[str, Aux]]) -> Metrics:
+    """`LAYER.PLACE.NAME` for every metric that a memory reports."""
+    return {
+        f"{where}.{name}": value
+        for where, report in _each_aux(aux)
+        for name, value in report.metrics.items()
+    }
