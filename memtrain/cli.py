@@ -11,8 +11,10 @@ import io
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from memtrain.console import as_json, as_text, explain, stdout_to_stderr
@@ -28,26 +30,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # A narrow terminal encoding is no reason to fail.
         sys.stdout.reconfigure(errors="replace")
-    if arguments in (["--version"], ["-V"]):
-        from importlib.metadata import version
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # Whoever read our output has gone, as in `| head`.
+        code = BROKEN_PIPE
+        _abandon_stdout()
+    except OSError as error:  # Stdout is a file that cannot be written.
+        line, code = explain(error) or (str(error), BUG)
+        print(f"memtrain: error: standard output: {line}", file=sys.stderr)
+        _abandon_stdout()
+    return code
 
+
+def _abandon_stdout() -> None:
+    """What could not be written must not be tried again when Python exits, with another error."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments in (["--version"], ["-V"]):
         print(f"memtrain {version('memtrain')}")
         return DONE
     try:
         if "--json" in arguments:
             return _run_for_scripts(arguments)
         return _guarded(lambda: _run_for_people(arguments))[0]
-    except BrokenPipeError:
-        # Whoever read our output has gone (as in `| head`). Python would complain at its exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    except SystemExit as stop:  # After --help.
+        return stop.code if isinstance(stop.code, int) else DONE
 
 
 def _run_for_people(arguments: list[str]) -> dict[str, Any]:
     command = _parsed(arguments)
     result = command.run()
-    print(getattr(command, "show", as_text)(result), flush=True)
+    print(getattr(command, "show", as_text)(result))
     return result
 
 
@@ -110,10 +129,13 @@ def _unboxed(box: str, arguments: list[str], command: type) -> str:
     from memtrain.commands import options
     from memtrain.schema import describe_type, nearest
 
-    lines = [line.strip("\u2502").rstrip() for line in box.splitlines()]
-    lines = [line[1:] for line in lines if line[1:] and line[0] not in "\u256d\u2570"]
-    rule = next((i for i, line in enumerate(lines) if set(line) == {"\u2500"}), len(lines))
-    paragraph = lines[:rule]
+    # Drawn with lines where the terminal knows them, and with dashes where it does not.
+    lines = [line.replace("\u2502", " ") for line in box.splitlines()]
+    lines = [line.rstrip() for line in lines if line.strip() and line[0] not in "\u256d\u2570"]
+    rules = [i for i, line in enumerate(lines) if not line.strip(" -\u2500")]
+    begin = 0 if "\u256d" in box else 2  # A title in dashes is two lines of its own.
+    end = next((i for i in rules if i > begin), len(lines))
+    paragraph = textwrap.dedent("\n".join(lines[begin:end])).splitlines()
     text = " ".join(" ".join(paragraph).split())
     known = options(command)
     if text.startswith("Missing from"):

@@ -57,7 +57,8 @@ class Train:
 
         experiment = override(load_recipe(self.recipe), self.set)
         seeds = None if self.seeds is None else parse_seeds(self.seeds, experiment.train.seed)
-        run_dir = self.run_dir or Path("runs") / experiment.name
+        # Absolute, for what the run writes and starts may live in other folders.
+        run_dir = (self.run_dir or Path("runs") / experiment.name).absolute()
         if run_dir.exists() and not run_dir.is_dir():
             raise BadInput(f"--run-dir {run_dir} is a file: give a folder, or one to be made")
         runtime.prepare(experiment.num_devices)

@@ -17,7 +17,7 @@ from typing import Any
 
 from memtrain.config import Experiment, validated
 from memtrain.errors import BadInput
-from memtrain.schema import from_dict, nearest
+from memtrain.schema import UnknownType, from_dict, nearest
 
 
 def load_recipe(spec: str) -> Experiment:
@@ -90,6 +90,26 @@ def read_experiment(path: Path) -> Experiment:
     return from_dict(Experiment, data, source=str(path))
 
 
+def experiment_of_run(run: Path) -> Experiment:
+    """The experiment in a run directory, where layers may be described in the recipe itself.
+
+    Names that the configuration uses and nobody has defined are looked for in the recipe that the
+    run was begun with. Raises `BadInput` if they cannot be found.
+    """
+    try:
+        return read_experiment(run / "config.json")
+    except UnknownType:
+        try:
+            begun = json.loads((run / "run.json").read_text(encoding="utf-8"))["recipe"]
+            path = _split(begun)[0]
+        except (OSError, ValueError, KeyError, TypeError):
+            path = None
+        if path is None or path.suffix == ".json" or not path.is_file():
+            raise
+        load_module(path)
+        return read_experiment(run / "config.json")
+
+
 def _split(spec: str) -> tuple[Path, str | None]:
     head, colon, tail = spec.rpartition(":")
     if colon and head and not Path(spec).exists():
@@ -102,11 +122,9 @@ def _split(spec: str) -> tuple[Path, str | None]:
 def _no_such_file(path: Path) -> str:
     what = f"{path} is a folder" if path.is_dir() else f"there is no recipe {path}"
     folder = path if path.is_dir() else path.parent
-    near = nearest(path.name, [p.name for p in folder.glob("*.py")]) if folder.is_dir() else None
-    if near is None and path.with_suffix(".py").is_file():
-        near = path.with_suffix(".py").name
-    if near is not None:
-        return f"{what}: did you mean {folder / near}?"
+    stems = [found.stem for found in folder.glob("*.py")] if folder.is_dir() else []
+    if (near := nearest(path.stem, stems)) is not None:
+        return f"{what}: did you mean {folder / near}.py?"
     return f"{what}: a recipe is path/to/file.py[:function]"
 
 

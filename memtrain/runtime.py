@@ -1,4 +1,4 @@
-"""JAX's environment, set before its backend starts: compilation cache, simulated CPU devices.
+"""The process around a command: logging, and JAX's compilation cache and simulated CPU devices.
 
 Importing JAX before `prepare` is fine, computing with it is not: XLA reads its flags once.
 Imports no JAX itself.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import platform
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +23,15 @@ _DEVICE_COUNT = "--xla_force_host_platform_device_count"
 
 
 def prepare(num_devices: int = 1, *, say: Callable[[str], None] | None = None) -> None:
-    """Set up JAX for a command that needs `num_devices` devices of this machine.
+    """Set up the process for a command on `num_devices` devices, over all processes of the job.
 
-    Turns the compilation cache on and, where there are only CPUs, simulates that many devices.
-    Explicit settings in the environment win. `say` is told, in one line each, what was simulated
-    or could not be set up; stderr unless given. Raises `BadInput` if the backend has already
-    started with fewer devices.
+    Turns the compilation cache on and, where there are only CPUs, simulates as many devices as
+    fall to this process; explicit settings in the environment win. `say` (stderr unless given) is
+    told in a line what was simulated or could not be set up. Raises `BadInput` if the backend has
+    already started with fewer devices.
     """
     say = say or (lambda line: print(f"memtrain: {line}", file=sys.stderr))
+    _log_to_stderr()
     _enable_cache(say)
     _simulate_devices(num_devices, say)
 
@@ -85,6 +86,26 @@ def _processor() -> str:
     return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
+class _OneLine(logging.Formatter):
+    """name: message, and no traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.name}: {' '.join(record.getMessage().splitlines())}"
+
+
+def _log_to_stderr() -> None:
+    """One log handler for all libraries, before one of them installs its own."""
+    root = logging.getLogger()
+    if root.handlers:
+        return
+    handler = logging.StreamHandler()
+    if os.environ.get("MEMTRAIN_TRACEBACK") != "1":
+        handler.setFormatter(_OneLine())
+        # Orbax logs what its threads raise, at length, and then raises it in ours as well.
+        handler.addFilter(lambda record: record.name != "absl" or not record.exc_info)
+    root.addHandler(handler)
+
+
 def _enable_cache(say: Callable[[str], None]) -> None:
     folder = cache_folder()
     if folder is None:
@@ -114,7 +135,8 @@ def _set(option: str, value: Any) -> None:
 
 
 def _simulate_devices(num_devices: int, say: Callable[[str], None]) -> None:
-    if num_devices == 1:
+    here = -(-num_devices // _num_processes())
+    if here == 1:
         return
     if _backend_started():
         have = sys.modules["jax"].device_count()
@@ -125,12 +147,17 @@ def _simulate_devices(num_devices: int, say: Callable[[str], None]) -> None:
             )
         return
     flags = os.environ.get("XLA_FLAGS", "")
-    given = re.search(rf"{_DEVICE_COUNT}=(\d+)", flags)
-    several_processes = "JAX_COORDINATOR_ADDRESS" in os.environ
-    if accelerators() or given or several_processes or "JAX_NUM_CPU_DEVICES" in os.environ:
+    if accelerators() or _DEVICE_COUNT in flags or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
-    os.environ["XLA_FLAGS"] = f"{flags} {_DEVICE_COUNT}={num_devices}".strip()
-    say(f"no accelerator found: {num_devices} devices are simulated on this machine's CPU")
+    os.environ["XLA_FLAGS"] = f"{flags} {_DEVICE_COUNT}={here}".strip()
+    say(f"no accelerator found: {here} devices are simulated on this machine's CPU")
+
+
+def _num_processes() -> int:
+    """Processes of the job, as `memtrain.parallel.mesh.initialize_distributed` will find them."""
+    name = "JAX_NUM_PROCESSES" if "JAX_COORDINATOR_ADDRESS" in os.environ else "SLURM_NTASKS"
+    count = os.environ.get(name, "1")
+    return max(1, int(count)) if count.isdecimal() else 1
 
 
 def _backend_started() -> bool:

@@ -26,6 +26,10 @@ _BUILT_IN = ("memtrain.layers",)
 """Imported when a type name is unknown, so that a stored configuration can be read by itself."""
 
 
+class UnknownType(BadInput):
+    """A "type" that nobody has defined: its module was not imported, or it is misspelt."""
+
+
 @overload
 def register[T](cls: type[T], name: str | None = None) -> type[T]: ...
 @overload
@@ -64,7 +68,9 @@ def from_dict[T](cls: type[T], data: Mapping[str, Any], *, source: str = "") -> 
     try:
         return decode(data, cls, "")
     except BadInput as error:
-        raise BadInput(f"{source}: {error}") if source else error from error.__cause__
+        if not source:
+            raise
+        raise type(error)(f"{source}: {error}") from error.__cause__
 
 
 def nearest(word: str, known: Sequence[str]) -> str | None:
@@ -182,18 +188,32 @@ def _subclasses(base: type) -> dict[str, list[type]]:
 
 def _tag(cls: type, declared: Any) -> str | None:
     """The name that a value of `cls` carries in a field of type `declared`; None: it needs none."""
-    for name, known in _REGISTERED.items():
-        if known is cls:
-            return name
-    if sections(declared) == [cls]:
+    if (name := _registered_as(cls)) is not None:
+        return name
+    bases = sections(declared)
+    if bases == [cls]:
         return None
-    bases = [m for m in sections(declared) if issubclass(cls, m)]
-    if any(len(_subclasses(base).get(cls.__name__, [])) == 1 for base in bases):
+    if any(base.__module__.startswith("memtrain.") for base in bases):
+        # Our own names must be known: not to be missed here, nor given to another class.
+        _import_built_in()
+    if (name := _registered_as(cls)) is not None:
+        return name
+    below = [_subclasses(base).get(cls.__name__, []) for base in bases if issubclass(cls, base)]
+    if cls.__name__ not in _REGISTERED and any(same == [cls] for same in below):
         return cls.__name__
     raise BadInput(
-        f"the class {cls.__module__}.{cls.__qualname__} has no name to be written under: "
-        "decorate it with memtrain.config.register"
+        f"the class {cls.__module__}.{cls.__qualname__} has no name of its own to be written "
+        "under: decorate it with memtrain.config.register"
     )
+
+
+def _registered_as(cls: type) -> str | None:
+    return next((name for name, known in _REGISTERED.items() if known is cls), None)
+
+
+def _import_built_in() -> None:
+    for module in _BUILT_IN:
+        importlib.import_module(module)
 
 
 def sections(declared: Any) -> list[type]:
@@ -207,19 +227,18 @@ def class_named(name: Any, declared: Any, where: str) -> type:
     bases = sections(declared)
     cls = _find_class(name, bases)
     if cls is None:
-        for module in _BUILT_IN:
-            importlib.import_module(module)
+        _import_built_in()
         cls = _find_class(name, bases)
     if cls is None:
         known = sorted({*_REGISTERED, *(n for base in bases for n in _subclasses(base))})
         hint = nearest(name, known)
-        raise BadInput(
-            f"{join(where, 'type')}: unknown type {name!r}: "
-            + (f"did you mean {hint!r}? If it is your own," if hint else "if it is your own,")
-            + " the module that defines it must be imported first"
+        raise UnknownType(
+            f"{join(where, 'type')}: unknown type {name!r}. "
+            + (f"Did you mean {hint!r}? " if hint else "")
+            + "The module that defines it must be imported first"
         )
     if bases and not any(_fits(cls, base) for base in bases):
-        raise BadInput(f"{where}: expected {describe_type(declared)}, got a {name}")
+        raise BadInput(f"{where}: expected {describe_type(declared)}, got {name}")
     return cls
 
 

@@ -47,8 +47,8 @@ class DataConfig:
     tokenizer: str = "bytes"
     """"bytes", or the path of a Hugging Face `tokenizer.json`."""
     order: Literal["packed", "document"] = "packed"
-    """"packed": rows are shuffled pieces. "document": each row of the batch goes on where it stopped
-    a step ago, for memories that are carried from step to step."""
+    """"packed": rows are shuffled pieces. "document": each row of the batch goes on where it
+    stopped a step ago, for memories that are carried from step to step."""
     validation_fraction: float = 0.05
     """Share of the files, chosen by the hash of their content, that is held out."""
     text_field: str = "text"

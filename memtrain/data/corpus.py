@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -162,7 +162,9 @@ def _write(
             num_bytes.append(len(document.content))
             hashes.append(int.from_bytes(content_hash[:8], "little"))
         if not names:
-            raise BadInput(f"data.path={','.join(paths)!r} holds no text: every file is empty")
+            raise BadInput(
+                f"data.path={','.join(paths)!r} holds no text: every file is empty or binary"
+            )
         meta = {
             "format": FORMAT,
             "digest": digest.hexdigest(),
@@ -195,12 +197,16 @@ def _stamp(files: list[SourceFile], tokenizer: Tokenizer, text_field: str) -> st
     for file in files:
         info = file.path.stat()
         place = str(file.path.resolve())
-        entries.append([place, file.name, info.st_size, info.st_mtime_ns, file.from_stdlib])
+        entries.append([place, file.name, file.from_stdlib, info.st_size, *_changed(info)])
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:32]
 
 
+def _changed(info: os.stat_result) -> tuple[int, int]:
+    return info.st_mtime_ns, info.st_ctime_ns
+
+
 def _newest_change(files: list[SourceFile]) -> int:
-    return max(max(info.st_mtime_ns, info.st_ctime_ns) for f in files for info in [f.path.stat()])
+    return max(max(_changed(file.path.stat())) for file in files)
 
 
 def _move(work: Path, final: Path) -> None:
@@ -224,9 +230,13 @@ def _move(work: Path, final: Path) -> None:
 def _sweep(folder: Path) -> None:
     """Remove what processes that were killed left behind a day ago or earlier."""
     for left in folder.glob("tmp-*"):
-        if left.stat().st_mtime < time.time() - 86400:
-            shutil.rmtree(left, ignore_errors=True)
-            left.unlink(missing_ok=True) if left.is_file() else None
+        with suppress(FileNotFoundError):  # its owner has just finished
+            if left.stat().st_mtime > time.time() - 86400:
+                continue
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
 
 
 def _write_atomically(file: Path, text: str) -> None:

@@ -1,6 +1,5 @@
 """Everything a run reads, from its configuration: batches from any sample on, and held-out text."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -25,6 +24,10 @@ VALIDATION_KEY = derive("validation")
 """Held-out rows do not depend on any seed, so that runs can be compared."""
 
 
+_WITHOUT_END = 1 << 48
+"""Samples that Grain is told there are: more than anyone reads, few enough for its arithmetic."""
+
+
 class Pipeline:
     """What a run reads. Sample i is a pure function of i; a batch is `batch_size` samples.
 
@@ -35,7 +38,7 @@ class Pipeline:
     tokenizer: Tokenizer | None
     """None for MQAR, whose tokens are numbers."""
     rows_per_epoch: int
-    """Samples after which every training token was read once (of the text, where a task is mixed in)."""
+    """Samples after which every training token was read once (not counting a mixed-in task)."""
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class Pipeline:
 
         Args:
             start_sample: samples consumed before, 0 or more; any number, not only whole batches.
-            process_index: which contiguous block of the batch's rows, of `process_count` equal ones.
+            process_index: which block of the batch's rows, of `process_count` contiguous ones.
         Yields:
             Leaves of [batch_size / process_count, T].
         Raises:
@@ -120,15 +123,16 @@ class Pipeline:
         raise self._no_text()
 
     def text_read(self, num_samples: int) -> Iterator[np.ndarray]:
-        """The text that samples 0 .. num_samples - 1 hold: uint8 arrays, each one piece of a document.
+        """The text in samples 0 .. num_samples - 1: uint8 arrays, each one piece of a document.
 
         For baselines that are trained on just those bytes. Rows of a mixed-in task are left out;
         over an epoch every token comes once (but the last of the stream, which is only a target).
+        Under a text tokenizer a character that a row cuts in two comes out as U+FFFD.
         """
         raise self._no_text()
 
     def bytes_per_token(self, split: Split) -> float:
-        """Bytes that a token stands for on average: nats per token / this / ln 2 = bits per byte."""
+        """Mean bytes of a token: nats per token / this / ln 2 = bits per byte."""
         raise self._no_text()
 
     def _no_text(self) -> BadInput:
@@ -231,7 +235,7 @@ class MqarPipeline(Pipeline):
         self.task = task
         self.vocab_size = task.vocab_size
         self.rows_per_epoch = task.num_train
-        # The sets belong to data.seed alone: runs with other train seeds learn and are asked the same.
+        # The sets belong to data.seed alone: runs with other train seeds are asked the same.
         self._set_key = derive("mqar", config.seed)
         super().__init__(
             config,
@@ -252,7 +256,7 @@ class MqarPipeline(Pipeline):
         )
 
     def mqar_validation(self, begin: int, end: int) -> MqarBatch:
-        """Held-out rows begin .. end - 1 of `num_validation_rows`, with the distance of each query."""
+        """Held-out rows begin .. end - 1 of `num_validation_rows`, with the queries' distances."""
         indices = np.arange(begin, min(end, self.num_validation_rows))
         return mqar_rows(
             self.task, indices, seq_len=self.seq_len, key=self._set_key, split="validation"
@@ -278,7 +282,7 @@ class _Samples:
         self._batch_size = batch_size
 
     def __len__(self) -> int:
-        return sys.maxsize
+        return _WITHOUT_END
 
     def __getitem__(self, index: Any) -> Batch:
         batch, row = divmod(int(index), self._local_batch_size)
@@ -362,9 +366,7 @@ def build_pipeline(
     _check_config(config, seq_len, batch_size)
     if config.mqar is not None:
         check_mqar(config.mqar, seq_len)
-        return MqarPipeline(
-            config, config.mqar, seq_len=seq_len, batch_size=batch_size, seed=seed
-        )
+        return MqarPipeline(config, config.mqar, seq_len=seq_len, batch_size=batch_size, seed=seed)
     tokenizer = load_tokenizer(config.tokenizer)
     if config.recall is not None:
         check_recall(config.recall, tokenizer, seq_len)

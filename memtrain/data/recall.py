@@ -30,10 +30,12 @@ from memtrain.errors import BadInput
 _NAMES = "abcdefghijklmnopqrstuvwxyz"
 _VALUES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _END = "\n"
+_MAX_FILLER = 1 << 22
+"""Tokens of text that are held in memory for `recall_examples`."""
 
 
 class Fact(NamedTuple):
-    """One fact, as text and as tokens. The parts are tokenized apart, so they are always the same."""
+    """A fact as text and tokens. The parts are tokenized apart, so they are always the same."""
 
     text: str
     """Such as "@kq=XWB"."""
@@ -233,7 +235,7 @@ def recall_examples(
             f"the text has {text.num_tokens} tokens and a recall prompt {length}; give more text"
             " or shorter distances"
         )
-    tokens, _ = text.read(0, 0, text.num_tokens)
+    tokens, _ = text.read(0, 0, min(text.num_tokens, max(_MAX_FILLER, 4 * length)))
     lines = _line_begins(tokens, tokenizer)
     prompts, answers, asked = [], [], []
     for distance in distances:
@@ -282,18 +284,21 @@ def _prompt(
     before -= sum(len(other.tokens) for other in outside)
     between -= sum(len(other.tokens) for other in inside)
 
-    # Where the fact goes in the text: both it and the question at the begin of a line, if possible.
+    # The fact goes where a line begins, and so does the question: where no lines of the text are
+    # just that far apart, the last one is cut short.
     fits = lines[(lines >= before) & (lines + between <= len(text))]
+    fits = fits if len(fits) else np.arange(before, len(text) - between + 1)
     both = fits[np.isin(fits + between, lines)] if between else fits
-    choices = next(
-        (c for c in (both, fits) if len(c)), np.arange(before, len(text) - between + 1)
-    )
+    choices = both if len(both) else fits
     at = int(choices[random_integers(derive(key, "at"), 1, len(choices))[0]])
+    gap = text[at : at + between]
+    if not len(both):
+        gap = np.concatenate([gap[: between - len(fact.end)], fact.end[:between]])
     return np.concatenate(
         [
             _with_facts(text[at - before : at], outside, lines - (at - before), derive(key, 0)),
             fact.tokens,
-            _with_facts(text[at : at + between], inside, lines - at, derive(key, 1)),
+            _with_facts(gap, inside, lines - at, derive(key, 1)),
             fact.prefix,
         ]
     ).astype(np.int32)

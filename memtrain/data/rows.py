@@ -62,7 +62,9 @@ class Stream:
             until = min(end, int(order.ends[document]))
             in_stream = int(order.ends[document - 1]) if document else 0
             source = int(order.begins[document]) + at - in_stream
-            tokens[at - begin : until - begin] = self._documents.tokens[source : source + until - at]
+            tokens[at - begin : until - begin] = self._documents.tokens[
+                source : source + until - at
+            ]
             offsets[at - begin : until - begin] = np.arange(at - in_stream, until - in_stream)
             at = until
             document += 1

@@ -18,7 +18,7 @@ _MIX_2 = 0x94D049BB133111EB
 
 def derive(*parts: int | str) -> int:
     """A 64-bit key from a path of numbers and names; different paths are independent."""
-    text = "/".join(f"{type(part).__name__}:{part}" for part in parts)
+    text = repr(tuple(part if isinstance(part, str) else int(part) for part in parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

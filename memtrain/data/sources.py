@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 _SNIFFED_BYTES = 8192
+_RECORDS_AT_ONCE = 256
 
 
 class Document(NamedTuple):
@@ -94,7 +95,9 @@ def _match(path: str, pattern: str) -> list[SourceFile]:
     matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
     root = Path(*_fixed_parts(pattern))
     files = [
-        SourceFile(match, match.relative_to(root).as_posix()) for match in matches if match.is_file()
+        SourceFile(match, match.relative_to(root).as_posix())
+        for match in matches
+        if match.is_file()
     ]
     if not files:
         raise BadInput(f"data.path={path!r}: the glob matches no file")
@@ -207,15 +210,17 @@ def _read_array_record(file: SourceFile, text_field: str) -> Iterator[Document]:
         ) from None
     reader = ArrayRecordReader(str(file.path))
     try:
-        # A file cut short opens without a word, as one that is empty.
+        # A file cut short opens without a word, as one that is empty; only closing it complains.
         count = reader.num_records()
-        if not reader.ok() or count == 0:
-            raise BadInput(f"{file.path} holds 0 records: cut short, empty or no ArrayRecord file")
-        for index in range(count):
-            (record,) = reader.read([index])
-            where = f"{file.path}: record {index}"
-            if record.lstrip()[:1] == b"{":
-                record = _json_text(_parse_json(record, where), text_field, where)
-            yield Document(f"{file.name}:{index}", record)
-    finally:
+        for begin in range(0, count, _RECORDS_AT_ONCE):
+            end = min(begin + _RECORDS_AT_ONCE, count)
+            for index, record in enumerate(reader.read(begin, end), start=begin):
+                where = f"{file.path}: record {index}"
+                if record.lstrip()[:1] == b"{":
+                    record = _json_text(_parse_json(record, where), text_field, where)
+                yield Document(f"{file.name}:{index}", record)
         reader.close()
+    except RuntimeError as error:
+        raise BadInput(f"{file.path} is damaged or no ArrayRecord file: {error}") from None
+    if count == 0:
+        raise BadInput(f"{file.path} holds 0 records: it is empty or was cut short")

@@ -69,8 +69,9 @@ class ByteTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         values = ids if isinstance(ids, np.ndarray) else np.array(list(ids), np.int64)
-        if values.size and not 0 <= int(values.min()) <= int(values.max()) < 256:
-            raise BadInput(f"the bytes tokenizer has ids 0 to 255, not {int(values.max())}")
+        unknown = values[(values < 0) | (values > 255)]
+        if unknown.size:
+            raise BadInput(f"the bytes tokenizer has ids 0 to 255, not {int(unknown[0])}")
         return values.astype(np.uint8).tobytes()
 
     def fingerprint(self) -> str:

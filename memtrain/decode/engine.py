@@ -8,9 +8,7 @@ after `warmup` nothing is compiled any more (`compilations` counts).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -71,9 +69,11 @@ class Engine:
         self.config, self.vocab_size = model.body.config, model.body.vocab_size
         self.batch, self.capacity, self.want_reads = batch, capacity, want_reads
         self.without = resolve_without(self.config, without)
-        chunk = min(chunk, capacity) if _grows(model, batch, capacity) else chunk
-        self.buckets = tuple(sorted({1, min(SMALL_CHUNK, chunk), chunk}))
         self.bounded = _grows(model, batch, capacity)
+        """Whether more than `capacity` tokens would overflow a memory."""
+        chunk = min(chunk, capacity) if self.bounded else chunk
+        self.buckets = tuple(sorted({min(SMALL_CHUNK, chunk), chunk}))
+        """Lengths of the calls that read more than one token a row."""
         self.compilations = 0
         """Programs compiled inside calls of this engine."""
         # Arguments are flat lists: flattening modules in Python costs a millisecond a token.
@@ -81,7 +81,7 @@ class Engine:
         self._init = jax.jit(self._init_state)
         self._reset = jax.jit(self._reset_rows, donate_argnums=1)
         self._fork = jax.jit(self._fork_rows)
-        self._last = jax.jit(self._last_logits, donate_argnums=(1, 2))
+        self._last = jax.jit(self._last_logits, donate_argnums=1)
         self._all = jax.jit(self._all_logits, donate_argnums=1)
         self._score = jax.jit(self._token_losses, donate_argnums=1)
         self.reset()
@@ -127,6 +127,8 @@ class Engine:
 
     def _last_logits(self, weights, state, before, tokens, meta):
         """Logits after the last valid token of each row; those from before where there is none."""
+        # A step's tokens are [B]: one that was sampled on the device comes as it is.
+        tokens = tokens.reshape(meta.shape[1:])
         model, hidden, state, _ = self._run(weights, state, tokens, meta)
         count = meta[2].sum(axis=1)
         last = jnp.maximum(count - 1, 0)[:, None, None]
@@ -154,21 +156,28 @@ class Engine:
 
     # Called by people.
 
-    def warmup(self) -> int:
-        """Compiles all that `prefill`, `step` and `score` will call. Returns programs compiled.
+    def warmup(self, *calls: str) -> int:
+        """Compiles what the named calls ("prefill", "step", "score", "fork", "reset") will run.
 
-        The sequences must be empty: resets them.
+        All of them unless named. Empties all rows. Returns programs compiled.
         """
         before = self.compilations
+        wanted = set(calls or ("prefill", "step", "score", "fork", "reset"))
         for length in self.buckets:
             tokens = np.zeros((self.batch, length), np.int32)
-            self._check_capacity(np.full(self.batch, length))
-            self.prefill(tokens)
-            self.reset()
-            self.score(tokens, tokens)
-            self.reset()
-        self.fork(range(self.batch))
-        self.reset([0])
+            if "prefill" in wanted:
+                self.reset()
+                self.prefill(tokens)
+            if "score" in wanted:
+                self.reset()
+                self.score(tokens, tokens)
+        self.reset()
+        if "step" in wanted:
+            self.step(np.zeros(self.batch, np.int32))
+        if "fork" in wanted:
+            self.fork(range(self.batch))
+        if "reset" in wanted:
+            self.reset([0])
         self.reset()
         return self.compilations - before
 
@@ -176,7 +185,7 @@ class Engine:
         """Empties the given rows, or all."""
         with self._counted():
             if rows is None:
-                self._state, self._logits = self._init(self._weights)
+                self._state, self.logits = self._init(self._weights)
                 self.used = np.zeros(self.batch, np.int64)
                 self.next_position = np.zeros(self.batch, np.int64)
                 return
@@ -192,8 +201,8 @@ class Engine:
         if index.shape != (self.batch,) or index.min() < 0 or index.max() >= self.batch:
             raise BadInput(f"fork: give {self.batch} row numbers below {self.batch}, not {index}")
         with self._counted():
-            self._state, self._logits = self._fork(
-                self._weights, self._state, self._logits, index
+            self._state, self.logits = self._fork(
+                self._weights, self._state, self.logits, index
             )
             self.used, self.next_position = self.used[index], self.next_position[index]
 
@@ -206,14 +215,13 @@ class Engine:
         """
         tokens, valid = _padded(tokens, self.batch)
         with self._counted():
-            for begin, piece, meta in self._pieces(tokens, starts, valid):
-                del begin
-                self._logits, self._state = self._last(
-                    self._weights, self._state, self._logits, piece, meta
+            for _, piece, meta in self._pieces(tokens, starts, valid):
+                self.logits, self._state = self._last(
+                    self._weights, self._state, self.logits, piece, meta
                 )
-        return self._logits
+        return self.logits
 
-    def step(self, tokens: Int[Any, "B"]) -> Float[Array, "B V"]:
+    def step(self, tokens: Int[Any, "B"], *, starts: Any = None) -> Float[Array, "B V"]:
         """Reads one token a row and gives the logits after it. Tokens may be on the device."""
         if np.shape(tokens) != (self.batch,):
             raise BadInput(f"step: give {self.batch} tokens, not {np.shape(tokens)}")
@@ -222,16 +230,18 @@ class Engine:
             tokens = np.asarray(tokens, np.int32)
             self._check_tokens(tokens)
         with self._counted():
-            meta = np.stack([self.next_position, self.used == 0, np.ones(self.batch)])
+            begins = self.used == 0
+            if starts is not None:
+                begins = begins | np.asarray(starts, bool)
+            positions = np.where(begins, 0, self.next_position)
+            meta = np.stack([positions, begins, np.ones_like(begins)])
             meta = meta.astype(np.int32)[:, :, None]
-            self.used += 1
-            self.next_position += 1
-            self._logits, self._state = self._step_program(tokens, meta)
-        return self._logits
-
-    def _step_program(self, tokens, meta):
-        # reshape of a device array is a program of its own; [:, None] is done by the jitted call.
-        return self._last_of_one(self._weights, self._state, self._logits, tokens, meta)
+            self.used = self.used + 1
+            self.next_position = positions + 1
+            self.logits, self._state = self._last(
+                self._weights, self._state, self.logits, tokens, meta
+            )
+        return self.logits
 
     def score(
         self,
@@ -296,6 +306,17 @@ class Engine:
     def weight_bytes(self) -> int:
         return sum(leaf.nbytes for leaf in self._weights)
 
+    def step_memory(self) -> dict[str, int]:
+        """Bytes of the compiled step: its temporaries, and what it updates in place."""
+        tokens = np.zeros(self.batch, np.int32)
+        meta = np.zeros((3, self.batch, 1), np.int32)
+        compiled = self._last.lower(self._weights, self._state, self.logits, tokens, meta).compile()
+        analysis = compiled.memory_analysis()
+        return {
+            "temporaries": analysis.temp_size_in_bytes,
+            "in_place": analysis.alias_size_in_bytes,
+        }
+
     # How a call is cut into programs of fixed shape.
 
     def _pieces(self, tokens, starts, valid) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -345,3 +366,50 @@ class Engine:
             yield
         finally:
             self.compilations += compiled_programs() - before
+
+
+def _unstacked(source: Artifact | LanguageModel | Unstacked) -> Unstacked:
+    if isinstance(source, Unstacked):
+        return source
+    if isinstance(source, LanguageModel):
+        return unstack_model(source)
+    return source.weights()
+
+
+def _grows(model: Unstacked, batch: int, capacity: int) -> bool:
+    """Whether the state of some memory depends on the capacity."""
+    shapes = [
+        [leaf.shape for leaf in jax.tree.leaves(model.state_spec(batch, c), is_leaf=is_leaf_spec)]
+        for c in (capacity, 2 * capacity)
+    ]
+    return shapes[0] != shapes[1]
+
+
+def _padded(tokens: Any, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [B, T] and bool [B, T], from an array or from lists of any lengths."""
+    rows = [np.asarray(row, np.int32) for row in tokens]
+    if len(rows) != batch or any(row.ndim != 1 for row in rows):
+        raise BadInput(f"give {batch} rows of tokens, [B, T] or one list of ids each")
+    lengths = np.array([len(row) for row in rows])
+    padded = np.zeros((batch, lengths.max()), np.int32)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = ids
+    return padded, np.arange(padded.shape[1]) < lengths[:, None]
+
+
+def _cut(array: np.ndarray, begin: int, size: int) -> np.ndarray:
+    """`size` columns from `begin`, zeros past the end."""
+    piece = array[..., begin : begin + size]
+    missing = size - piece.shape[-1]
+    return np.pad(piece, [(0, 0)] * (array.ndim - 1) + [(0, missing)]) if missing else piece
+
+
+def _positions(begins: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Position of each token in its document, where the token before had `first - 1`."""
+    index = np.arange(begins.shape[1])
+    newest = np.maximum.accumulate(np.where(begins, index, -1), axis=1)
+    return np.where(newest >= 0, index - newest, first[:, None] + index)
+
+
+def _successors(tokens: np.ndarray) -> np.ndarray:
+    return np.pad(tokens[:, 1:], [(0, 0), (0, 1)])

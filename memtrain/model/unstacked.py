@@ -60,7 +60,8 @@ class Unstacked:
 def unstack_model(model: LanguageModel) -> Unstacked:
     """The same model layer by layer. Shares every array that is not stacked."""
     body = nnx.merge(*nnx.split(model))
-    layers = model.layers()
+    # One program: sliced leaf by leaf, every shape would compile its own.
+    layers = jax.jit(lambda model: model.layers())(model)
     body.blocks = nnx.List([])
     return Unstacked(body, layers)
 
@@ -69,12 +70,12 @@ def stack_model(unstacked: Unstacked) -> LanguageModel:
     """The inverse of `unstack_model`: the model as it is trained."""
     model = nnx.merge(*nnx.split(unstacked.body))
     width = len(unstacked.layers) // model.config.repeats
-    model.blocks = nnx.List(
-        [
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *unstacked.layers[i::width])
-            for i in range(width)
-        ]
-    )
+
+    def stack(layers: list[Block]) -> list[Block]:
+        columns = [layers[i::width] for i in range(width)]
+        return [jax.tree.map(lambda *leaves: jnp.stack(leaves), *column) for column in columns]
+
+    model.blocks = nnx.List(jax.jit(stack)(unstacked.layers))
     return model
 
 

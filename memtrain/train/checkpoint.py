@@ -54,6 +54,8 @@ def report_on_stderr(line: str) -> None:
 class CheckpointStore:
     """The steps of one run under `directory` (RUN/checkpoints).
 
+    Use it in a `with` statement, or `close` it: Python refuses to finish a save that is under way
+    when the program ends, and its step is then never valid.
     Reading needs nothing. The first `save` (or `sweep`) makes this store the writer: it takes the
     lock in `directory` and removes what killed saves left. In a job of many processes every method
     but `steps`, `metadata` and `leaves` is called by all of them, in the same order.
@@ -152,8 +154,14 @@ class CheckpointStore:
     def __enter__(self) -> "CheckpointStore":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except Exception as error:
+            if kind is None:
+                raise
+            # What ended the block matters more, and is not to be hidden behind this.
+            self._report(agree.one_line(error))
 
     # Reading
 

@@ -1,8 +1,9 @@
 """Names for the leaves of a tree, so that a checkpoint knows no Python classes.
 
 A leaf is named by its path: dictionary keys, field names and positions joined by "/", as in
-`optimizer/0/mu/blocks/2/query`. A NamedTuple and a dictionary with the same keys give the same
-names: restoring needs the names, shapes and dtypes to agree, never the types of the containers.
+`optimizer/0/mu/blocks/2/query` ("/" and "%" within a key are written %2F and %25). A NamedTuple and
+a dictionary with the same keys give the same names: restoring needs the names, shapes and dtypes to
+agree, never the types of the containers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -99,8 +100,15 @@ def _segment(key: Any) -> str:
         text = str(key)
     if not text:
         raise ValueError("a leaf of a checkpoint has an empty key in its path")
-    # Dots separate the parts of a name on disk, and ".." must never reach a path.
-    return quote(text, safe="").replace(".", "%2E")
+    return text.replace("%", "%25").replace("/", "%2F")
+
+
+def stored_name(name: str) -> str:
+    """The name on disk: parts joined by dots, and in them nothing but letters, digits and "_-~%".
+
+    So no key can be taken for a path, ".." least of all.
+    """
+    return ".".join(quote(part, safe="").replace(".", "%2E") for part in name.split("/"))
 
 
 def _list(what: str, names: Iterable[str]) -> str:

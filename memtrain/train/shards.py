@@ -1,10 +1,11 @@
 """Arrays to and from disk through Orbax v1. Nothing else in memtrain imports Orbax.
 
 Orbax is imported at first use: it costs half a second, which a command that only prints should not
-pay. On disk a checkpoint is a flat dictionary from leaf name ("/" written as ".") to array.
+pay. On disk a checkpoint is a flat dictionary from `stored_name` to array.
 """
 
 import functools
+import logging
 import math
 import threading
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from memtrain.train import agree
-from memtrain.train.leaves import is_key
+from memtrain.train.leaves import is_key, stored_name
 
 
 # Files of this size can be digested in parallel and by several hosts.
@@ -27,7 +28,13 @@ def orbax() -> Any:
     """The `orbax.checkpoint.v1` module."""
     from orbax.checkpoint import v1
 
+    logging.getLogger("absl").addFilter(_is_news)
     return v1
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # Orbax logs a traceback of 200 lines for each error that it also raises, which we report.
+    return not (record.levelno >= logging.ERROR and "orbax" in Path(record.pathname).parts)
 
 
 def import_in_background() -> None:
@@ -82,7 +89,7 @@ def start_write(directory: Path, named: Mapping[str, jax.Array]) -> Any:
     ocp = orbax()
     # Arrays without elements have no data: Orbax refuses them, and the manifest knows their shape.
     flat = {
-        name.replace("/", "."): jax.random.key_data(leaf) if is_key(leaf) else leaf
+        stored_name(name): jax.random.key_data(leaf) if is_key(leaf) else leaf
         for name, leaf in named.items()
         if leaf.size
     }
@@ -101,7 +108,7 @@ def read(
     """Read leaves as the ShapeDtypeStructs in `wanted` say; others in the file are left alone."""
     ocp = orbax()
     flat = {
-        name.replace("/", "."): _on_disk(name, leaf)
+        stored_name(name): _on_disk(name, leaf)
         for name, leaf in wanted.items()
         if math.prod(leaf.shape)
     }
@@ -116,10 +123,10 @@ def read(
         if not math.prod(leaf.shape):
             arrays[name] = _empty(leaf, key_impls.get(name))
         elif is_key(leaf):
-            data = restored[name.replace("/", ".")]
+            data = restored[stored_name(name)]
             arrays[name] = jax.random.wrap_key_data(data, impl=key_impls[name])
         else:
-            arrays[name] = restored[name.replace("/", ".")]
+            arrays[name] = restored[stored_name(name)]
     return arrays
 
 

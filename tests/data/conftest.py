@@ -30,9 +30,11 @@ def texts(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def books(texts: Callable[..., str]) -> str:
-    """Twenty documents of 30 to 600 bytes, each byte different from its neighbours in the others."""
+    """Twenty documents of 30 to 600 bytes; every line tells its book and its number."""
     files = {
-        f"book{i:02d}": "".join(f"{i:02d}:{line:03d} the line\n" for line in range(2 + (7 * i) % 31))
+        f"book{i:02d}": "".join(
+            f"{i:02d}:{line:03d} the line\n" for line in range(2 + (7 * i) % 31)
+        )
         for i in range(20)
     }
     return texts("books", **files)

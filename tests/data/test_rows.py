@@ -1,4 +1,6 @@
-"""Rows over documents whose tokens are all different numbers, so that every token is known by sight."""
+"""Rows over documents whose tokens are all different numbers, so each is known by sight."""
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -119,7 +121,7 @@ def test_epochs_differ_in_order_and_seeds_too():
             orders.append([int(rows.row(first + i).tokens[0]) for i in range(rows.rows_per_epoch)])
     assert len({tuple(order) for order in orders}) == 4
     # Rows next to each other in the stream are not read one after the other.
-    follows = [b - a == 10 for order in orders for a, b in zip(order, order[1:], strict=False)]
+    follows = [b - a == 10 for order in orders for a, b in pairwise(order)]
     assert np.mean(follows) < 0.1
 
 

@@ -51,7 +51,9 @@ def test_permutation_of_a_large_range_stays_in_it_and_does_not_collide():
 
 @pytest.mark.parametrize("size", [3, 7, 16])
 def test_permutation_sends_every_index_anywhere(size: int):
-    images = np.array([[Permutation(size, derive(k))(i) for i in (0, size - 1)] for k in range(4000)])
+    images = np.array(
+        [[Permutation(size, derive(k))(i) for i in (0, size - 1)] for k in range(4000)]
+    )
     for column in images.T:
         counts = np.bincount(column, minlength=size)
         assert chi_square(counts, np.full(size, 4000 / size)) < 5

@@ -3,6 +3,8 @@
 import functools
 import itertools
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections import namedtuple
@@ -15,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
 from memtrain.errors import BadInput, CheckpointError, StorageFailed
 from memtrain.train import keep, shards
 from memtrain.train.checkpoint import CheckpointStore
@@ -50,6 +53,11 @@ def train_state() -> dict[str, Any]:
     params = {"embed": noise(0, 16, 8), "blocks": [{"w": noise(1, 8, 8)}, {"w": noise(2, 8, 8)}]}
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     return {"params": params, "optimizer": optimizer.init(params), "rng": jax.random.key(7)}
+
+
+def newest_step(store: CheckpointStore) -> int | None:
+    candidate = store.newest_valid()
+    return candidate.step if candidate else None
 
 
 @pytest.fixture
@@ -106,9 +114,10 @@ def test_every_dtype_comes_back_bit_for_bit(store, leaf):
 
 def test_names_hold_anything_and_stay_inside(store, tmp_path):
     names = ["../../evil", "a/b", "..", "a.b", "nul\0", "Ω" * 100, "%2E", " "]
-    state = {name: jnp.int32(number) for number, name in enumerate(names)}
+    state: dict[str, Any] = {name: jnp.int32(number) for number, name in enumerate(names)}
     state["a"] = {"b": jnp.int32(99)}
     store.save(1, state, {}, wait=True)
+    assert {"a.b", "a%2Fb", "a/b", "..", "%252E"} < set(store.leaves(1))
     assert_same(store.restore(1, abstract(state)), state)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert all(".." not in path.name for path in tmp_path.rglob("*"))
@@ -181,7 +190,7 @@ def test_leaves_and_partial_restore(store):
 
 
 def test_only_global_arrays_and_plain_metadata(store):
-    with pytest.raises(TypeError, match="leaf 'a' is a ndarray, not a jax.Array"):
+    with pytest.raises(TypeError, match=r"leaf 'a' is a ndarray, not a jax.Array"):
         store.save(1, {"a": np.zeros(2)}, {})
     with pytest.raises(TypeError, match="survive JSON"):
         store.save(1, {"a": noise(0, 1)}, {"shape": (1, 2)})
@@ -199,9 +208,8 @@ def on_mesh(shape: tuple[int, ...], tree: Any, *, transpose: bool = False) -> An
     mesh = jax.sharding.Mesh(devices, axes)
 
     def place(leaf: jax.Array) -> jax.Array:
-        spec = axes[::-1] if transpose else axes
-        fits = leaf.ndim == 2
-        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec) if fits else None))
+        spec = (axes[::-1] if transpose else axes) if leaf.ndim == 2 else ()
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree.map(place, tree)
 
@@ -297,14 +305,14 @@ def test_failure_of_the_background_write_is_raised_once_at_the_next_call(
             store.save(2, {"w": noise(1, 2)}, {})
             assert store._writing is not None
             store._writing.join()
-            with pytest.raises(StorageFailed, match="step 2 .*No space left.*intact") as caught:
+            with pytest.raises(StorageFailed, match=r"step 2 .*No space left.*intact") as caught:
                 collect()
             assert caught.value.exit_code == 74 and "\n" not in str(caught.value)
             store.poll()
     assert [path.name for path in tmp_path.glob("checkpoints/*.saving")] == []
-    assert store.newest_valid().step == 1
+    assert newest_step(store) == 1
     store.save(2, {"w": noise(1, 2)}, {}, wait=True)
-    assert store.newest_valid().step == 2
+    assert newest_step(store) == 2
 
 
 def test_a_bug_of_ours_is_not_called_a_storage_failure(store, monkeypatch):
@@ -320,7 +328,7 @@ def test_a_disk_without_room_is_refused_before_the_first_byte(store, tmp_path, m
     store.save(1, {"w": noise(0, 2)}, {}, wait=True)
     usage = shutil.disk_usage(tmp_path)._replace(free=4 * 512 * 512)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(StorageFailed, match="needs 2097152 bytes and .* has 1048576 free"):
+    with pytest.raises(StorageFailed, match=r"needs 2097152 bytes and .* has 1048576 free"):
         store.save(2, {"w": noise(0, 512, 512)}, {})
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "LOCK"]
 
@@ -329,15 +337,43 @@ def test_close_raises_and_a_closed_store_refuses(tmp_path):
     store = CheckpointStore(tmp_path)
     store.save(1, {"w": noise(0, 2)}, {})
     store.close()
-    assert store.steps() == [1] and store.newest_valid().step == 1
+    assert store.steps() == [1] and newest_step(store) == 1
     with pytest.raises(RuntimeError, match="closed"):
         store.save(2, {"w": noise(0, 2)}, {})
+
+
+def test_a_failed_save_does_not_hide_what_ended_the_run(tmp_path, monkeypatch):
+    class Refused:
+        def result(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards, "start_write", lambda directory, named: Refused())
+    lines: list[str] = []
+    with (
+        pytest.raises(ZeroDivisionError),
+        CheckpointStore(tmp_path, report=lines.append) as store,
+    ):
+        store.save(1, {"w": noise(0, 2)}, {})
+        raise ZeroDivisionError
+    assert len(lines) == 1 and "No space left" in lines[0]
+    with pytest.raises(StorageFailed), CheckpointStore(tmp_path) as store:
+        store.save(1, {"w": noise(0, 2)}, {})
+
+
+def test_orbax_is_imported_only_when_needed():
+    code = (
+        "import sys, time, memtrain.train.checkpoint as c; from pathlib import Path; "
+        "s = c.CheckpointStore(Path('/nonexistent')); assert s.newest_valid() is None; "
+        "assert 'orbax.checkpoint' not in sys.modules; s.warm_up(); c.shards.orbax(); "
+        "assert 'orbax.checkpoint' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_a_second_writer_is_refused_and_a_reader_is_not(store, tmp_path):
     store.save(1, {"w": noise(0, 2)}, {}, wait=True)
     other = CheckpointStore(tmp_path / "checkpoints")
-    assert other.newest_valid().step == 1
+    assert newest_step(other) == 1
     with pytest.raises(BadInput, match="is being written by pid"):
         other.save(2, {"w": noise(0, 2)}, {})
     store.close()

@@ -1,5 +1,6 @@
 """Damaged and foreign things in `checkpoints/`: found, named, passed over, never loaded."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from memtrain.errors import CheckpointError
 from memtrain.train import manifest
 from memtrain.train.checkpoint import CheckpointStore
@@ -186,7 +188,11 @@ def test_damage_does_not_survive_the_next_save(run):
 
 def hostile_manifests(good: dict) -> list[bytes]:
     def changed(**fields: object) -> bytes:
-        return json.dumps(good | fields, sort_keys=True, indent=1).encode() + b"\n"
+        # With a right digest of its own: a bad manifest made on purpose.
+        content = {k: v for k, v in (good | fields).items() if k != "sha256"}
+        text = json.dumps(content, sort_keys=True, indent=1) + "\n"
+        content["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        return (json.dumps(content, sort_keys=True, indent=1) + "\n").encode()
 
     digest = [1, "0" * 64]
     names = ("../20/x", "/etc/passwd", "a/../../b", "", "a//b", "./a", "a\0b")
@@ -214,24 +220,28 @@ def hostile_manifests(good: dict) -> list[bytes]:
         changed(step=True),
         changed(step=-1),
         changed(step=1e400),
+        changed(sha256=None)[:-1],
         changed(format=0),
         changed(format=None),
         changed(extra=1),
         json.dumps({k: v for k, v in good.items() if k != "step"}).encode(),
         json.dumps(good, sort_keys=True).encode(),
+        changed(),
     ]
 
 
 def test_hostile_manifests_are_refused_with_one_line(run):
     path = run / "20" / manifest.FILE_NAME
     good = json.loads(path.read_bytes())
-    for content in hostile_manifests(good):
+    # The test's own digest is the right one: what is refused below is refused for its content.
+    assert hostile_manifests(good)[-1] == path.read_bytes()
+    for content in hostile_manifests(good)[:-1]:
         path.write_bytes(content)
         with pytest.raises(CheckpointError) as caught:
             manifest.read(run / "20")
         assert "\n" not in str(caught.value), content[:80]
     path.write_bytes(json.dumps(good | {"format": 2, "new_field": 1}).encode())
-    with pytest.raises(CheckpointError, match="newer memtrain .*format 2.*upgrade"):
+    with pytest.raises(CheckpointError, match=r"newer memtrain .*format 2.*upgrade"):
         manifest.read(run / "20")
     path.unlink()
     os.mkfifo(path)

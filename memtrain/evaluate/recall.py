@@ -1,0 +1,152 @@
+"""Recall: facts told somewhere in held-out text, asked for later. Accuracy by distance."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from memtrain.data.batch import stack_rows
+from memtrain.data.config import RecallTask
+from memtrain.data.recall import RecallRows, check_recall
+from memtrain.data.seeded import derive
+from memtrain.decode.engine import Engine
+from memtrain.errors import BadInput
+from memtrain.evaluate.scoring import score_rows
+from memtrain.evaluate.subject import HeldOut, Subject
+
+
+LETTERS = 26
+"""Capitals that an answer is drawn from."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Rows like those of training, over held-out text, with facts that were never seen."""
+
+    tokens: Int[np.ndarray, "N T"]
+    targets: Int[np.ndarray, "N T"]
+    valid: Bool[np.ndarray, "N T"]
+    row: Int[np.ndarray, "Q"]
+    """Row of each question."""
+    begin: Int[np.ndarray, "Q"]
+    """First column of `targets` that holds its answer."""
+    length: Int[np.ndarray, "Q"]
+    """Tokens of its answer."""
+    distance: Int[np.ndarray, "Q"]
+    """Tokens from the begin of the value where told to the begin of the answer."""
+
+
+def task_of(subject: Subject) -> RecallTask:
+    """The run's own recall task, or the default one with as many facts as its rows have room for.
+
+    Raises BadInput where the tokenizer or the length of the rows leaves none.
+    """
+    tokenizer, seq_len = subject.need_tokenizer("recall"), subject.experiment.train.seq_len
+    task = subject.experiment.data.recall
+    if task is None:
+        default = RecallTask()
+        for count in range(default.num_facts, 0, -1):
+            task = dataclasses.replace(default, num_facts=count, num_queries=count)
+            try:
+                check_recall(task, tokenizer, seq_len)
+                break
+            except BadInput:
+                if count == 1:
+                    raise
+    assert task is not None
+    return task
+
+
+def make_questions(
+    task: RecallTask, held_out: HeldOut, *, length: int, num_rows: int, seed: int = 0
+) -> Questions:
+    """Questions in rows of `length` tokens. Distances are as in training: short ones are frequent.
+
+    Raises BadInput where the held-out text is shorter than a row.
+    """
+    check_recall(task, held_out.tokenizer, length)
+    if held_out.documents.num_tokens < length:
+        raise BadInput(
+            f"the held-out text has {held_out.documents.num_tokens} tokens and a row of recall "
+            f"takes {length}: give more with --data"
+        )
+    # Only answers are weighted, so that the weights show where they are.
+    task = dataclasses.replace(task, count_text=False, answer_weight=1.0)
+    key = derive("recall evaluation", length, seed)
+    rows = RecallRows(task, held_out.tokenizer, held_out.documents, length, key)
+    batch = stack_rows([rows.row(index) for index in range(num_rows)])
+    found = []
+    for row in range(num_rows):
+        asked = np.flatnonzero(np.diff(batch.loss_weights[row] > 0, prepend=False, append=False))
+        for begin, end in asked.reshape(-1, 2).tolist():
+            distance = _distance(batch.tokens[row], batch.targets[row], begin, end)
+            found.append((row, begin, end - begin, distance))
+    columns = np.array(found, np.int64).T
+    return Questions(batch.tokens, batch.targets, batch.valid, *columns)
+
+
+def _distance(tokens: np.ndarray, targets: np.ndarray, begin: int, end: int) -> int:
+    """How far before the answer `targets[begin:end]` the same line was told.
+
+    In `tokens` the answer begins at begin + 1, after the prefix that both lines share.
+    """
+    answer = targets[begin:end]
+    best = 0, 0
+    for at in range(begin, 0, -1):
+        if np.array_equal(tokens[at : at + len(answer)], answer):
+            same = 0
+            while same < at and tokens[at - 1 - same] == tokens[begin - same]:
+                same += 1
+            # A value may stand in another fact too; its own is told after the longest shared prefix.
+            best = max(best, (same, at))
+    assert best[0] > 0, "the answer was not told"
+    return begin + 1 - best[1]
+
+
+def answer(engine: Engine, questions: Questions) -> tuple[np.ndarray, np.ndarray]:
+    """For each question: bool, the answer is what greedy decoding would say; and its share of tokens
+    that are the likeliest ones after those before them."""
+    correct = score_rows(engine, questions.tokens, questions.targets, questions.valid).correct
+    share = np.array(
+        [
+            correct[row, begin : begin + length].mean()
+            for row, begin, length in zip(
+                questions.row, questions.begin, questions.length, strict=True
+            )
+        ]
+    )
+    return share == 1.0, share
+
+
+def distance_edges(length: int) -> list[int]:
+    """16, 32, 64, ...: the last bucket ends at `length`."""
+    edges = [0, *(16 << i for i in range(64) if 16 << i < length), length]
+    return edges
+
+
+def accuracy_by_distance(
+    right: Bool[np.ndarray, "Q"],
+    share: Float[np.ndarray, "Q"],
+    distance: Int[np.ndarray, "Q"],
+    length: int,
+) -> list[dict[str, Any]]:
+    """Accuracy of the questions whose distance is at least `from` and less than `to`."""
+    rows = []
+    edges = distance_edges(length)
+    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+        inside = (distance >= begin) & (distance < end)
+        if inside.any():
+            rows.append(
+                {
+                    "from": begin,
+                    "to": end,
+                    "accuracy": float(right[inside].mean()),
+                    "token_accuracy": float(share[inside].mean()),
+                    "questions": int(inside.sum()),
+                }
+            )
+    return rows

@@ -1,0 +1,109 @@
+"""`memtrain evaluate`: one task, measured through the decode path in cached chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from memtrain.errors import BadInput
+from memtrain.evaluate import bits, mqar, recall
+from memtrain.evaluate.subject import Subject
+
+
+Task = Literal["bpb", "mqar", "recall"]
+
+MAX_TOKENS = 1 << 18
+"""Tokens that one evaluation reads; of more text a part is taken, spread evenly."""
+RECALL_ROWS = 128
+
+
+def evaluate(
+    target: Path | str,
+    *,
+    task: Task,
+    data: Sequence[Path | str] | None = None,
+    without: Sequence[str] = (),
+    max_tokens: int = MAX_TOKENS,
+) -> dict[str, Any]:
+    """Measures a run's newest valid checkpoint, or an artifact.
+
+    bpb: bits per byte of the held-out text (or of `data`), by tokens of context.
+    mqar, recall: answers right, by distance between what was told and the question.
+    without: memories that are left out, see `memtrain.model.ablation`.
+
+    Raises BadInput where the task does not fit what the model reads, or there is nothing to read.
+    """
+    subject = Subject.open(Path(target))
+    paths = [Path(path) for path in data or ()]
+    found = {
+        "target": str(target),
+        "step": subject.step,
+        "task": task,
+        "without": list(without),
+    }
+    if task == "bpb":
+        return found | _bits(subject, paths, without, max_tokens)
+    if task == "recall":
+        return found | _recall(subject, paths, without, max_tokens)
+    if task == "mqar":
+        if paths:
+            raise BadInput("--task mqar is generated and reads no --data")
+        return found | _mqar(subject, without, max_tokens)
+    raise BadInput(f"--task {task}: there are bpb, mqar and recall")
+
+
+def _bits(
+    subject: Subject, paths: list[Path], without: Sequence[str], max_tokens: int
+) -> dict[str, Any]:
+    subject.need_tokenizer("bpb")
+    engine = subject.engine(without=without)
+    held_out = subject.held_out(paths)
+    pieces = bits.cut_pieces(held_out, subject.context, max_tokens)
+    per_token = bits.bytes_per_token(pieces, held_out)
+    nll = bits.piece_losses(engine, pieces)
+    return {
+        "bits_per_byte": bits.mean_bits(nll, pieces.valid, per_token),
+        "files": len(held_out),
+        "tokens": pieces.num_targets,
+        "tokens_held_out": held_out.documents.num_tokens,
+        "bytes_per_token": per_token,
+        "by_position": bits.bits_by_position(nll, pieces.valid, per_token),
+    }
+
+
+def _recall(
+    subject: Subject, paths: list[Path], without: Sequence[str], max_tokens: int
+) -> dict[str, Any]:
+    task = recall.task_of(subject)
+    engine = subject.engine(without=without)
+    length = subject.experiment.train.seq_len
+    questions = recall.make_questions(
+        task,
+        subject.held_out(paths),
+        length=length,
+        num_rows=max(1, min(RECALL_ROWS, max_tokens // length)),
+    )
+    right, share = recall.answer(engine, questions)
+    return {
+        "accuracy": float(right.mean()),
+        "chance": float(recall.LETTERS) ** -task.value_len,
+        "token_accuracy": float(share.mean()),
+        "questions": len(right),
+        "trained_on_recall": subject.experiment.data.recall is not None,
+        "by_distance": recall.accuracy_by_distance(right, share, questions.distance, length),
+    }
+
+
+def _mqar(subject: Subject, without: Sequence[str], max_tokens: int) -> dict[str, Any]:
+    questions = mqar.mqar_questions(subject, max_tokens)
+    task = subject.experiment.data.mqar
+    assert task is not None
+    engine = subject.engine(without=without)
+    right = mqar.answer_mqar(engine, questions)
+    return {
+        "accuracy": float(right.mean()),
+        "chance": 2 / task.vocab_size,
+        "questions": len(right),
+        "by_distance": mqar.mqar_accuracy(right, questions),
+    }

@@ -1,0 +1,165 @@
+"""What is evaluated: the model of a run or of an artifact, its decode engines, its held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from memtrain.config import Experiment
+from memtrain.data.corpus import Documents, build_corpus
+from memtrain.data.pipeline import MqarPipeline, TextPipeline, build_pipeline
+from memtrain.data.tokenizer import Tokenizer
+from memtrain.decode.artifact import MANIFEST, Artifact
+from memtrain.decode.engine import Engine
+from memtrain.errors import BadInput
+from memtrain.model.ablation import memory_names
+from memtrain.model.unstacked import Unstacked, unstack_model
+from memtrain.train.load import load_model
+from memtrain.train.records import CONFIG
+
+
+CHUNK = 256
+"""Tokens of one call of the engine."""
+BATCH = 16
+"""Rows that are read side by side."""
+CARRIED_CONTEXTS = 8
+"""A model that was trained to carry its memory is measured over this many rows' length."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with all that is needed to measure it."""
+
+    path: Path
+    weights: Unstacked
+    experiment: Experiment
+    vocab_size: int
+    tokenizer: Tokenizer | None
+    """None where tokens are numbers (MQAR)."""
+    step: int | None
+
+    @classmethod
+    def open(cls, target: Path) -> Subject:
+        """An artifact, or a run, of which the newest valid checkpoint is taken.
+
+        Raises BadInput where `target` is neither, or holds no valid model.
+        """
+        if (target / MANIFEST).exists():
+            artifact = Artifact.load(target)
+            step = artifact.manifest["created_from"].get("step")
+            return cls(
+                target,
+                artifact.weights(),
+                artifact.experiment,
+                artifact.vocab_size,
+                artifact.tokenizer,
+                step,
+            )
+        if not (target / CONFIG).exists():
+            raise BadInput(
+                f"{target} is neither a run nor an exported model: it has no {CONFIG} and no {MANIFEST}"
+            )
+        loaded = load_model(target)
+        return cls(
+            target,
+            unstack_model(loaded.model),
+            loaded.experiment,
+            loaded.vocab_size,
+            loaded.tokenizer,
+            loaded.step,
+        )
+
+    @property
+    def context(self) -> int:
+        """Tokens of a row that is read from an empty memory: as many as in training."""
+        train = self.experiment.train
+        return train.seq_len * (1 if train.carry == "none" else CARRIED_CONTEXTS)
+
+    @cached_property
+    def memories(self) -> tuple[str, ...]:
+        """Names of the memories, to be left out one at a time."""
+        return tuple(memory_names(self.experiment.model))
+
+    @cached_property
+    def pipeline(self) -> TextPipeline | MqarPipeline:
+        """What the run reads. Raises BadInput where its data are not on this machine."""
+        train = self.experiment.train
+        return build_pipeline(
+            self.experiment.data,
+            seq_len=train.seq_len,
+            batch_size=train.batch_size,
+            seed=train.seed,
+        )
+
+    def engine(
+        self,
+        *,
+        without: Sequence[str] = (),
+        batch: int = BATCH,
+        capacity: int | None = None,
+        chunk: int = CHUNK,
+        want_reads: bool = False,
+    ) -> Engine:
+        return Engine(
+            self.weights,
+            batch=batch,
+            capacity=capacity or self.context,
+            chunk=min(chunk, capacity or self.context),
+            without=without,
+            want_reads=want_reads,
+        )
+
+    def need_tokenizer(self, task: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise BadInput(
+                f"--task {task}: {self.path} was trained on MQAR, whose tokens are numbers and no "
+                "text: take --task mqar"
+            )
+        return self.tokenizer
+
+    def held_out(self, paths: Sequence[Path] = ()) -> HeldOut:
+        """The text to measure on: what the run held out, or all of `paths`.
+
+        Raises BadInput where there is none.
+        """
+        tokenizer = self.need_tokenizer("bpb")
+        data = self.experiment.data
+        if paths:
+            corpus = build_corpus(
+                tuple(str(path) for path in paths), tokenizer, text_field=data.text_field
+            )
+            ids, documents = corpus.split("train", 0.0)
+            held_out = HeldOut(tokenizer, [corpus.names[i] for i in ids], documents)
+            place = f"--data {','.join(str(path) for path in paths)}"
+        else:
+            assert isinstance(self.pipeline, TextPipeline)
+            names = [name for name, _ in self.pipeline.validation_documents()]
+            held_out = HeldOut(tokenizer, names, self.pipeline.held_out_documents())
+            place = f"{self.path} (data.validation_fraction={data.validation_fraction})"
+        if held_out.documents.num_tokens < 2:
+            raise BadInput(f"{place} holds no text to measure on: give --data PATH")
+        return held_out
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Documents that the model was not trained on."""
+
+    tokenizer: Tokenizer
+    names: list[str]
+    documents: Documents
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def tokens(self, document: int) -> np.ndarray:
+        """int32 [n]."""
+        d = self.documents
+        return np.asarray(d.tokens[d.begins[document] : d.ends[document]], np.int32)
+
+    def content(self, document: int) -> bytes:
+        return self.tokenizer.decode_bytes(self.tokens(document))

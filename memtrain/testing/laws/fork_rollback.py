@@ -1,0 +1,79 @@
+"""Law 9: fork and rollback give back what was, where offered."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memtrain.testing.bench import Bench
+from memtrain.testing.cases import halves
+from memtrain.testing.report import Outcome
+from memtrain.testing.subject import Subject
+from memtrain.testing.tolerances import Judge
+
+
+def check(bench: Bench) -> Outcome:
+    judge = Judge("fork_rollback")
+    subject = bench.subject()
+    _check_fork(judge, subject)
+    slack = subject.memory.rollback_slack
+    if slack:
+        for tokens in {1, min(3, slack), min(halves(bench.length)[1], slack)}:
+            _check_rollback(judge, subject, tokens)
+    else:
+        judge.outcome.notes.append("rollback not offered")
+        try:
+            subject.memory.rollback(subject.init(), 1)
+        except ValueError:
+            return judge.outcome
+        raise judge.broken("rollback past the slack of 0", "state", "was not refused: ValueError")
+    return judge.outcome
+
+
+def _check_fork(judge: Judge, subject: Subject) -> None:
+    first = halves(subject.length)[0]
+    x, ctx = subject.x, subject.ctx
+    _, state = subject.run((first,), x[:, :first], ctx.window(0, first))
+    before = jax.tree.map(np.array, state)
+    rows = np.array([0, 0, 2, 1, 4, 5, 5, 7])
+    forked = subject.memory.fork(state, jnp.asarray(rows))
+    case = f"fork of rows {rows.tolist()}"
+    pick = lambda leaf: np.asarray(leaf)[rows]  # noqa: E731
+    judge.same_bits(case, forked, jax.tree.map(pick, before))
+    rest = ctx.window(first, subject.length)
+    want, want_state = subject.run((subject.length - first,), x[:, first:], rest, state)
+    taken = jax.tree.map(pick, (rest.positions, rest.starts, rest.valid, rest.token_ids))
+    there = type(rest)(*taken, tables=rest.tables)
+    got, got_state = subject.run(
+        (subject.length - first,), np.asarray(x)[rows, first:], there, forked
+    )
+    judge.close(case + ", gone on", got, pick(want), where=np.asarray(there.valid))
+    judge.close(
+        case + ", gone on, final state",
+        subject.live(got_state),
+        jax.tree.map(pick, subject.live(want_state)),
+    )
+    judge.same_bits(case + ", the original", state, before)
+
+
+def _check_rollback(judge: Judge, subject: Subject, tokens: int) -> None:
+    """On rows whose last tokens are all valid: the others would lose tokens from before them."""
+    T = subject.length
+    keep = T - tokens
+    full = subject.layout.valid[:, keep:].all(axis=1)
+    x, ctx = subject.x, subject.ctx
+    # Cut so that no call lengths are compiled that the other laws do not use.
+    head = (1,) * keep
+    _, before = subject.run(head, x[:, :keep], ctx.window(0, keep))
+    tail = x[:, keep:], ctx.window(keep, T)
+    want, after = subject.run((1,) * tokens, *tail, before)
+    back = subject.memory.rollback(after, tokens)
+    case = f"rollback of {tokens} tokens"
+    rows = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf)[full], tree)  # noqa: E731
+    judge.same_bits(case, rows(subject.live(back)), rows(subject.live(before)))
+    got, again = subject.run((1,) * tokens, *tail, back)
+    judge.close(case + ", gone on", got[full], want[full])
+    judge.close(
+        case + ", gone on, final state", rows(subject.live(again)), rows(subject.live(after))
+    )

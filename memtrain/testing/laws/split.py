@@ -1,0 +1,56 @@
+"""Law 1: any cut of the sequence into calls gives the same outputs and the same final state."""
+
+import jax
+import numpy as np
+
+from memtrain.testing.bench import BFLOAT16, Bench
+from memtrain.testing.cases import draw_cut, halves
+from memtrain.testing.report import Outcome
+from memtrain.testing.subject import Subject
+from memtrain.testing.tolerances import Judge
+
+
+def check(bench: Bench) -> Outcome:
+    judge = Judge("split")
+    T = bench.length
+    rng = np.random.default_rng(bench.seed)
+    cuts = [halves(T), halves(T)[::-1], (1,) * T]
+    drawn = [draw_cut(rng, T) for _ in range(20 if bench.slow else 3)]
+    check_cuts(judge, bench.subject(), [*cuts, *drawn])
+    check_cuts(judge, bench.subject(BFLOAT16), cuts[:1] if not bench.slow else cuts)
+    check_aux(judge, bench.subject())
+    return judge.outcome
+
+
+def check_cuts(judge: Judge, subject: Subject, cuts: list[tuple[int, ...]]) -> None:
+    """Against `state=None` for outputs, and against one call with a state for the state."""
+    dtype, valid = subject.dtypes.compute, subject.layout.valid
+    outputs, _ = subject.run(None)
+    whole, state = subject.run((subject.length,))
+    judge.close(f"{dtype}, one call, with a state or without", whole, outputs, dtype, where=valid)
+    live = subject.live(state)
+    for cut in cuts:
+        case = f"{dtype}, calls of {list(cut)} tokens"
+        y, after = subject.run(cut)
+        judge.close(case, y, outputs, dtype, where=valid)
+        judge.close(case + ", final state", subject.live(after), live, dtype)
+
+
+def check_aux(judge: Judge, subject: Subject) -> None:
+    """What is reported has one structure, whether a state is carried or not."""
+    ctx = subject.layout.context(subject.tables, want_metrics=True, want_reads=True)
+    report = lambda state: jax.eval_shape(  # noqa: E731
+        lambda memory, x, state, ctx: memory(x, state, ctx)[2],
+        subject.memory,
+        subject.x,
+        state,
+        ctx,
+    )
+    without, with_state = report(None), report(subject.init())
+    judge.require(
+        jax.tree.structure(without) == jax.tree.structure(with_state)
+        and jax.tree.leaves(without) == jax.tree.leaves(with_state),
+        "one call, with a state or without",
+        "aux",
+        f"{with_state} where {without} is right",
+    )

@@ -1,0 +1,34 @@
+"""Defaults of every test run: eight CPU devices, a compilation cache, reproducible draws.
+
+Set before anything imports jax; what the caller has set in the environment stays.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from hypothesis import settings
+
+
+def _set_jax_defaults() -> None:
+    # The same everywhere; who wants the tests of an accelerator asks for it by JAX_PLATFORMS.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+    # jax writes entries in place, so each worker keeps a folder of its own: a reader never meets
+    # half an entry. The host is in the name since compiled code is for one kind of CPU.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    folder = Path(sys.prefix) / "cache" / "jax" / f"{platform.node()}-{worker}"
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+if "jax" in sys.modules:
+    raise RuntimeError("jax was imported before tests/conftest.py could set the number of devices")
+_set_jax_defaults()
+
+settings.register_profile("memtrain", derandomize=True, deadline=None, database=None)
+settings.load_profile("memtrain")
