@@ -81,12 +81,12 @@ class Export:
     """Print the result as one JSON object on stdout, and progress on stderr."""
 
     def run(self) -> dict[str, Any]:
-        must_exist(self.run_, "run")
+        run = existing(self.run_, "run")
         at_least("--step", self.step, 0)
         prepare()
         from memtrain.decode.export import export
 
-        return export(self.run_, self.out, step=self.step)
+        return export(run, self.out.absolute(), step=self.step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +97,9 @@ class Generate:
     """The exported model, a .mtx folder."""
     prompt: Annotated[str, arg(metavar="TEXT", help_behavior_hint="(required)")]
     """The text to go on from."""
-    max_tokens: Annotated[int, arg(metavar="N")] = 200
+    max_tokens: Annotated[int, arg(metavar="N")] = 256
     """New tokens at most."""
-    temperature: Annotated[float, arg(metavar="X")] = 1.0
+    temperature: Annotated[float, arg(metavar="X")] = 0.8
     """0 takes the likeliest token always."""
     top_k: Annotated[int | None, arg(metavar="K", help_behavior_hint="")] = None
     """Sample among the K likeliest tokens only."""
@@ -113,7 +113,7 @@ class Generate:
     """Print the result as one JSON object on stdout, and the text as it comes on stderr."""
 
     def run(self) -> dict[str, Any]:
-        must_exist(self.artifact, "artifact")
+        artifact = existing(self.artifact, "artifact")
         at_least("--max-tokens", self.max_tokens, 1)
         at_least("--temperature", self.temperature, 0)
         at_least("--top-k", self.top_k, 1)
@@ -123,7 +123,7 @@ class Generate:
         from memtrain.decode.generate import generate
 
         return generate(
-            self.artifact,
+            artifact,
             prompt=self.prompt,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
@@ -131,7 +131,7 @@ class Generate:
             top_p=self.top_p,
             seed=self.seed,
             without=list(self.without),
-            stream=lambda text: print(text, end="", flush=True),
+            stream=lambda text: print(printable(text), end="", flush=True),
         )
 
     def show(self, result: dict[str, Any]) -> str:
@@ -157,13 +157,11 @@ class Evaluate:
     """Print the result as one JSON object on stdout, and progress on stderr."""
 
     def run(self) -> dict[str, Any]:
-        must_exist(self.target, "run or artifact")
+        target = existing(self.target, "run or artifact")
         prepare()
         from memtrain.evaluate.run import evaluate
 
-        return evaluate(
-            self.target, task=self.task, data=list(self.data), without=list(self.without)
-        )
+        return evaluate(target, task=self.task, data=list(self.data), without=list(self.without))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,11 +174,11 @@ class Report:
     """Print the result as one JSON object on stdout, and progress on stderr."""
 
     def run(self) -> dict[str, Any]:
-        must_exist(self.run_, "run")
+        run = existing(self.run_, "run")
         prepare()
         from memtrain.evaluate.report import report
 
-        return report(self.run_)
+        return report(run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,12 +257,13 @@ def parse_seeds(text: str, first: int) -> list[int]:
     return seeds
 
 
-def must_exist(path: Path, what: str) -> None:
-    """Checks that the folder is there, before JAX takes its seconds to load."""
+def existing(path: Path, what: str) -> Path:
+    """The folder's absolute path (Orbax wants it), if it is there: before JAX takes its seconds."""
     if not path.exists():
         raise BadInput(f"there is no {what} {path}")
     if not path.is_dir():
         raise BadInput(f"{path} is a file: expected the folder of a {what}")
+    return path.absolute()
 
 
 def at_least(option: str, value: float | None, least: int) -> None:
@@ -276,6 +275,11 @@ def prepare() -> None:
     from memtrain import runtime
 
     runtime.prepare()
+
+
+def printable(text: str) -> str:
+    """The text without control characters: a model's bytes must not command the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def say(line: str) -> None:

@@ -111,15 +111,16 @@ def _enable_cache(say: Callable[[str], None]) -> None:
     if folder is None:
         _set("jax_enable_compilation_cache", False)
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        say(f"cannot write the compilation cache {folder}: every start will compile anew")
-        return
-    _set("jax_compilation_cache_dir", str(folder))
+    if "://" not in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):  # Not in object storage.
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(folder, os.W_OK)
+        except OSError:
+            writable = False
+        if not writable:
+            say(f"cannot write the compilation cache {folder}: every start will compile anew")
+            return
+        _set("jax_compilation_cache_dir", str(folder))
     # Thousands of small programs compile in less than the default second each.
     _set("jax_persistent_cache_min_compile_time_secs", 0.0)
     _set("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -329,12 +330,14 @@ def test_results_for_people_are_lines_and_tables():
         "bits_per_byte": 2.09876,
         "tokens": 1_000_000,
         "ok": True,
+        "without": [],
         "by_distance": [{"distance": 8, "accuracy": 1.0}, {"distance": 1024, "accuracy": 0.25}],
     }
     assert as_text(result).splitlines() == [
         "bits_per_byte  2.099",
         "tokens         1000000",
         "ok             yes",
+        "without        -",
         "",
         "by_distance",
         "  distance  accuracy",
@@ -363,6 +366,10 @@ def test_repeated_options_add_up():
     assert commands.parse(["generate", "a", "--prompt=-p"]).prompt == "-p"
 
 
+def test_a_model_does_not_command_the_terminal():
+    assert commands.printable("a\tb\n\x1b[2J\u00e9\x07") == "a\tb\n\ufffd[2J\u00e9\ufffd"
+
+
 def test_seeds_are_a_number_or_a_list():
     assert parse_seeds("3", 5) == [5, 6, 7]
     assert parse_seeds("0,7, 9", 5) == [0, 7, 9]
@@ -375,13 +382,14 @@ def test_seeds_are_a_number_or_a_list():
 # Runtime and doctor
 
 
-# Prints how often a compiled program was taken from the cache, last.
+# Prints last how many programs were found in the cache, and how many were not.
 COUNT_HITS = """
 import atexit, sys
 import jax.monitoring
 events = []
-jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
-atexit.register(lambda: print(events.count("/jax/compilation_cache/cache_hits"), file=sys.stderr))
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.split("/")[-1]))
+count = lambda: print(*map(events.count, ("cache_hits", "cache_misses")), file=sys.stderr)
+atexit.register(count)
 """
 
 
@@ -408,11 +416,11 @@ raise SystemExit(code)
     assert found["devices"]["found"].startswith("3 cpu")
     assert found["cache"]["found"].startswith(str(cache))
     assert float(found["attention"]["found"].split()[2]) < 1e-5
-    simulated, *others, refused, hits = done.stderr.splitlines()
+    simulated, *others, refused, counts = done.stderr.splitlines()
     assert simulated.startswith("memtrain: no accelerator found: 3 devices are simulated")
     assert refused.startswith("the mesh needs 4 devices and JAX has started with 3:")
     assert all(line.startswith("memtrain_kernels: ") for line in others), others
-    assert hits == "0"
+    assert int(counts.split()[1]) > 0
 
     warm = """
 from memtrain import doctor, runtime
@@ -421,9 +429,11 @@ print(doctor._attention().status)
 """
     done = python(COUNT_HITS + warm, MEMTRAIN_CACHE=str(cache))
     assert done.stdout == "ok\n"
-    simulated, *others, hits = done.stderr.splitlines()
+    simulated, *others, counts = done.stderr.splitlines()
     assert all(line.startswith("memtrain_kernels: ") for line in others), others
-    assert int(hits) > 0
+    hits, misses = map(int, counts.split())
+    assert hits > 0
+    assert misses == 0
 
 
 @pytest.mark.parametrize(
@@ -490,3 +500,11 @@ def test_explicit_device_counts_win(
 )
 def test_version_requirements(version: str, specifier: str, met: bool):
     assert supported(version, specifier) is met
+
+
+def test_the_documented_commands_are_understood():
+    text = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    typed = [line for line in text.splitlines() if line.startswith("memtrain ")]
+    assert {line.split()[1] for line in typed} == set(COMMANDS)
+    for line in typed:
+        commands.parse(shlex.split(line)[1:])

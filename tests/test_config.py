@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -639,3 +640,15 @@ def test_validated_names_the_field():
 def test_nearest_is_only_what_is_near():
     assert nearest("NUM_STEPS", ["num_steps", "seed"]) == "num_steps"
     assert nearest("qqq", ["num_steps", "seed"]) is None
+
+
+def test_the_documented_configuration_is_as_told():
+    text = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(block, names)
+    base = names["recipe"]()
+    assignments = re.findall(r"`([a-z][\w.]*=[^`]*)`", text)
+    assert len(assignments) > 10
+    for assignment in assignments:
+        assert isinstance(override(base, [assignment]), Experiment)

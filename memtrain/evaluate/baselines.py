@@ -63,6 +63,11 @@ class MarkovModels:
                 whole[at[at < len(data)]] = False
             self._orders.append(_count(_grams(data, order)[whole]))
 
+    @property
+    def num_grams(self) -> list[int]:
+        """Distinct n-grams that each order has counted, those of lower orders included."""
+        return np.cumsum([len(order.grams) for order in self._orders]).tolist()
+
     def probabilities(self, pieces: Sequence[Piece]) -> Float[np.ndarray, "K N"]:
         """p(byte) of every byte to be predicted, for order 0 to max_order; all pieces in one row."""
         kept = self.max_order

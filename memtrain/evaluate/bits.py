@@ -107,4 +107,5 @@ def bits_by_position(
 
 def mean_bits(nll: np.ndarray, valid: np.ndarray, bytes_per_token: float) -> float:
     """Bits per byte over all valid targets."""
-    return float(nll[valid].sum(dtype=np.float64)) / math.log(2) / bytes_per_token / valid.sum()
+    bits = float(nll[valid].sum(dtype=np.float64)) / math.log(2)
+    return bits / bytes_per_token / int(valid.sum())

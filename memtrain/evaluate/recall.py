@@ -122,10 +122,9 @@ def answer(engine: Engine, questions: Questions) -> tuple[np.ndarray, np.ndarray
     return share == 1.0, share
 
 
-def distance_edges(length: int) -> list[int]:
-    """16, 32, 64, ...: the last bucket ends at `length`."""
-    edges = [0, *(16 << i for i in range(64) if 16 << i < length), length]
-    return edges
+def distance_edges(length: int, first: int = 0) -> list[int]:
+    """`first`, then 16, 32, 64, ... as far as they are beyond it; the last bucket ends at `length`."""
+    return [first, *(16 << i for i in range(64) if first < 16 << i < length), length]
 
 
 def accuracy_by_distance(
@@ -133,10 +132,11 @@ def accuracy_by_distance(
     share: Float[np.ndarray, "Q"],
     distance: Int[np.ndarray, "Q"],
     length: int,
+    first: int = 0,
 ) -> list[dict[str, Any]]:
     """Accuracy of the questions whose distance is at least `from` and less than `to`."""
     rows = []
-    edges = distance_edges(length)
+    edges = distance_edges(length, first)
     for begin, end in zip(edges[:-1], edges[1:], strict=True):
         inside = (distance >= begin) & (distance < end)
         if inside.any():

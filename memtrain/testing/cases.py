@@ -72,9 +72,9 @@ def draw_layout(rng: np.random.Generator, length: int) -> Layout:
         _row(length, 0, [length], gaps=rng),
         _row(length, length, []),
     ]
-    columns = [np.stack(column) for column in zip(*rows, strict=True)]
+    positions, starts, valid, documents = (np.stack(column) for column in zip(*rows, strict=True))
     token_ids = rng.integers(0, 97, (BATCH, length), np.int32)
-    return Layout(*columns, token_ids)
+    return Layout(positions, starts, valid, documents, token_ids)
 
 
 def _row(

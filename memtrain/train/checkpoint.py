@@ -240,8 +240,7 @@ class CheckpointStore:
         try:
             if not self._make_room(step):
                 return False
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(self._path(step, keep.SAVING))
+            keep.sweep(self.directory)  # what a failed save may have left
             free = shutil.disk_usage(self.directory).free
             needed = shards.num_bytes(named) + _OVERHEAD_BYTES
             if free < needed:
@@ -292,7 +291,7 @@ class CheckpointStore:
         except Exception as error:
             self._failure = error
             # On a full disk, what was written in vain is the first thing to go.
-            shutil.rmtree(self._path(draft.step, keep.SAVING), ignore_errors=True)
+            keep.discard(self._path(draft.step, keep.SAVING))
 
     def _complete(self, draft: Manifest, key: str) -> None:
         """Digest, manifest, rename. Every process digests a share, process 0 does the rest."""

@@ -8,6 +8,7 @@ A rename is the one atomic step of each change, so no crash leaves a half step u
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -81,6 +82,19 @@ def sweep(directory: Path) -> list[str]:
             shutil.rmtree(entry.path)
             swept.append(entry.name)
     return sorted(swept)
+
+
+def discard(saving: Path, patience_s: float = 2.0) -> None:
+    """Remove a failed save; what cannot go now goes before the next save. Raises nothing.
+
+    A save has many writers, and those that did not fail may go on for a moment.
+    """
+    deadline = time.monotonic() + patience_s
+    while saving.exists():
+        shutil.rmtree(saving, ignore_errors=True)
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.02)
 
 
 def move_aside(directory: Path, step: int) -> str:

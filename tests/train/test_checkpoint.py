@@ -403,3 +403,15 @@ def test_nothing_is_left_running(store):
     store.save(1, {"w": noise(0, 2)}, {}, wait=True)
     left = {t.name for t in threading.enumerate() if not t.daemon} - before
     assert not [name for name in left if name.startswith("save-")]
+
+
+def test_what_a_failed_save_cannot_remove_goes_before_the_next(store, tmp_path, monkeypatch):
+    store.sweep()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None)
+        left = tmp_path / "checkpoints/1.saving"
+        left.mkdir()
+        keep.discard(left, patience_s=0.05)
+        assert left.exists()
+    store.save(2, {"w": noise(0, 2)}, {}, wait=True)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "LOCK"]

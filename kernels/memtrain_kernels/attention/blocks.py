@@ -1,0 +1,173 @@
+"""Cutting the score matrix into tiles, and telling which tiles the mask empties.
+
+Two sources of knowledge. By index, when the program is compiled: the positions are the indices, or
+the caller promised that tokens stand in order. By data, when it runs: the least and greatest
+position and segment of every block, O(S / block) numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memtrain_kernels.attention.spec import AttentionSpec
+
+
+# One tile of this many scores a head and row of the batch is cheaper than any loop over smaller
+# ones: decoding, short sequences, prefill chunks.
+_ONE_TILE = 128 * 2048
+_BLOCK_ROWS = 128
+_BLOCK_KV = 128
+_BLOCK_LOOPED = 512
+# Tiles beyond this many are looped over: the program's size must not grow with the sequence.
+_MAX_UNROLLED = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call is cut. T queries and S keys, in blocks of block_q and block_kv tokens.
+
+    by_default: positions are 0..T-1 and 0..S-1. by_index: those, or spec.ordered; either lets
+    index comparisons rule tiles out. data: positions or segments are given as arrays.
+    """
+
+    T: int
+    S: int
+    block_q: int
+    block_kv: int
+    by_default: bool
+    by_index: bool
+    data: bool
+    spec: AttentionSpec
+
+    @property
+    def num_q(self) -> int:
+        return -(-self.T // self.block_q)
+
+    @property
+    def num_kv(self) -> int:
+        return -(-self.S // self.block_kv)
+
+    def q_bounds(self, i: int) -> tuple[int, int]:
+        return i * self.block_q, min((i + 1) * self.block_q, self.T)
+
+    def kv_bounds(self, j: int) -> tuple[int, int]:
+        return j * self.block_kv, min((j + 1) * self.block_kv, self.S)
+
+    def kv_tiles(self, i: int) -> tuple[list[int], list[int]]:
+        """The kv blocks that query block i needs, and those it may need depending on the data."""
+        lo, hi = self.q_bounds(i)
+        certain, possible = [], []
+        for j in range(self.num_kv):
+            a, b = self.kv_bounds(j)
+            if not self.possible_by_index(lo, hi, a, b):
+                continue
+            known = self.by_default or (self.by_index and bool(self._near(lo, b)))
+            (certain if known or self.num_kv == 1 else possible).append(j)
+        return certain, possible
+
+    def possible_by_index(self, lo, hi, a, b):
+        """Whether indices leave a tile of queries [lo, hi) and keys [a, b) any visible pair.
+
+        Python ints or traced ones.
+        """
+        if not self.by_index:
+            return (a >= 0) & True
+        seen = (a < hi) if self.spec.causal else (a >= 0)
+        near = self._near(lo, b)
+        if self.spec.sink_tokens:
+            # In order, a document may start anywhere; by default it starts at 0.
+            near = near | (a < (self.spec.sink_tokens if self.by_default else self.S))
+        return seen & near
+
+    def _near(self, lo, b):
+        return (lo - (b - 1) < self.spec.window) if self.spec.window is not None else (b > 0)
+
+    @property
+    def unrolled(self) -> bool:
+        tiles = 0
+        for i in range(self.num_q):
+            certain, possible = self.kv_tiles(i)
+            tiles += len(certain) + len(possible)
+            if tiles > _MAX_UNROLLED:
+                return False
+        return True
+
+
+def make_plan(
+    T: int, S: int, group: int, by_default: bool, data: bool, spec: AttentionSpec
+) -> Plan:
+    """Choose the blocks of one call; `group` query heads share a key head and its rows."""
+    by_index = by_default or spec.ordered
+
+    def plan(block_q: int, block_kv: int) -> Plan:
+        # Not longer than the sequence, and not ragged by more than rounding.
+        block_q, block_kv = min(spec.block_q or block_q, T), min(spec.block_kv or block_kv, S)
+        return Plan(T, S, block_q, block_kv, by_default, by_index, data, spec)
+
+    if T == 1 or (T * S <= _ONE_TILE and T <= _BLOCK_ROWS):
+        return plan(T, S)
+    rows = max(16, _BLOCK_ROWS // group)
+    small = plan(rows, _BLOCK_KV)
+    if small.num_q * small.num_kv <= 4096 and small.unrolled:
+        return small
+    return plan(max(16, _BLOCK_LOOPED // group), _BLOCK_LOOPED)
+
+
+class Summary(NamedTuple):
+    """Least and greatest position and segment of each block's visible tokens: int32 [B or 1, n]."""
+
+    pos_min: jax.Array
+    pos_max: jax.Array
+    seg_min: jax.Array
+    seg_max: jax.Array
+
+
+_INT_MAX = np.iinfo(np.int32).max
+
+
+def summarise(pos: jax.Array, seg: jax.Array, block: int) -> Summary:
+    """Summary of [B or 1, n * block] positions and segments; an empty block has seg_max < 0."""
+    batch = max(pos.shape[0], seg.shape[0])
+    shape = (batch, pos.shape[1] // block, block)
+    pos = jnp.broadcast_to(pos, (batch, pos.shape[1])).reshape(shape)
+    seg = jnp.broadcast_to(seg, (batch, seg.shape[1])).reshape(shape)
+    shown = seg >= 0
+    return Summary(
+        jnp.min(jnp.where(shown, pos, _INT_MAX), axis=-1),
+        jnp.max(jnp.where(shown, pos, -_INT_MAX), axis=-1),
+        jnp.min(jnp.where(shown, seg, _INT_MAX), axis=-1),
+        jnp.max(jnp.where(shown, seg, -1), axis=-1),
+    )
+
+
+def live_tiles(spec: AttentionSpec, q: Summary, kv: Summary) -> jax.Array:
+    """Whether tiles may hold a visible pair in any row of the batch: bool [...].
+
+    The summaries broadcast after their leading batch axis. Never False for a tile that has one.
+    """
+    live = (q.seg_min <= kv.seg_max) & (kv.seg_min <= q.seg_max)
+    if spec.causal:
+        live &= kv.pos_min <= q.pos_max
+    if spec.window is not None:
+        # Written as a sum on the kv side: empty blocks hold extreme values, and q - kv wraps.
+        near = kv.pos_max > jnp.clip(q.pos_min, -_INT_MAX // 2) - min(spec.window, _INT_MAX // 2)
+        if spec.sink_tokens:
+            near |= kv.pos_min < spec.sink_tokens
+        live &= near
+    return jnp.any(live, axis=0)
+
+
+def pad_tokens(x: jax.Array, axis: int, block: int, fill: int = 0) -> jax.Array:
+    """x with its token axis lengthened to a multiple of block."""
+    missing = math.ceil(x.shape[axis] / block) * block - x.shape[axis]
+    if not missing:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(x, widths, constant_values=fill)

@@ -1,0 +1,279 @@
+"""Everything that a report shows of a model, measured with every memory on and each one off."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from memtrain.data.pipeline import TextPipeline
+from memtrain.errors import BadInput
+from memtrain.evaluate import bits, kinds, mqar, recall, slots
+from memtrain.evaluate.answers import Answered, Sample, answer_prompts, draw_sample
+from memtrain.evaluate.baselines import MAX_TRAIN_BYTES, MarkovModels, xz_bits_per_byte
+from memtrain.evaluate.reread import Reread, reread, reread_pieces
+from memtrain.evaluate.slots import Reads, Slot
+from memtrain.evaluate.subject import HeldOut, Subject
+
+
+ALL = "all"
+"""Name of the setting in which nothing is left out."""
+MAX_SETTINGS = 6
+"""With every layer's memory of another kind there could be dozens."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens each part reads, for each setting."""
+
+    bits: int = 32_768
+    reread: int = 16_384
+    recall: int = 24_576
+    recall_beyond: int = 24_576
+    slots: int = 16_384
+    mqar: int = 65_536
+    sample: int = 400
+
+
+@dataclass
+class Measured:
+    """The numbers. Settings are "all" and the name of each memory that is left out."""
+
+    subject: Subject
+    settings: list[str]
+    num_parameters: int
+    bits: dict[str, float] = field(default_factory=dict)
+    by_position: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    tokens_scored: int = 0
+    bytes_scored: int = 0
+    reread: dict[str, Reread] = field(default_factory=dict)
+    distance: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Accuracy by distance: of recall in text, or of MQAR."""
+    chance: float = 0.0
+    trained_on_recall: bool = True
+    kinds_title: str = ""
+    kinds: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[tuple[Reads, list[Slot], list[Slot]]] = field(default_factory=list)
+    answers: list[Answered] = field(default_factory=list)
+    sample: Sample | None = None
+    baselines: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What could not be measured, and why."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def table_memories(self) -> list[str]:
+        """Settings without a memory that reads a learned table."""
+        return [name for name in self.settings if name in _table_labels(self.subject)]
+
+
+def measure(
+    subject: Subject, *, budget: Budget = Budget(), say: Callable[[str], None] = lambda line: None
+) -> Measured:
+    """Measures a model. What its text or tokenizer does not allow is left out and noted."""
+    import jax
+
+    labels = list(subject.memories)
+    measured = Measured(
+        subject,
+        [ALL, *labels[: MAX_SETTINGS - 1]],
+        sum(leaf.size for leaf in jax.tree.leaves(subject.weights)),
+    )
+    if len(labels) >= MAX_SETTINGS:
+        measured.notes.append(f"not switched off: {', '.join(labels[MAX_SETTINGS - 1 :])}")
+    if subject.experiment.data.mqar is not None:
+        _measure_mqar(measured, budget)
+        return measured
+    held_out = subject.held_out()
+    say(f"measuring {len(measured.settings)} settings on {len(held_out)} held-out files")
+    _measure_text(measured, held_out, budget)
+    with _timed(measured, "baselines"):
+        _measure_baselines(measured, held_out, budget)
+    return measured
+
+
+def _measure_text(measured: Measured, held_out: HeldOut, budget: Budget) -> None:
+    subject = measured.subject
+    context, seq_len = subject.context, subject.experiment.train.seq_len
+    pieces = bits.cut_pieces(held_out, context, budget.bits)
+    per_token = bits.bytes_per_token(pieces, held_out)
+    measured.tokens_scored = pieces.num_targets
+    measured.bytes_scored = round(per_token * pieces.num_targets)
+    twice, near, far, task = None, None, None, None
+    with _noted(measured, "reading twice"):
+        count = max(1, budget.reread // context)
+        twice = reread_pieces(held_out, context, count)
+    with _noted(measured, "recall"):
+        task = recall.task_of(subject)
+        near = recall.make_questions(
+            task, held_out, length=seq_len, num_rows=max(8, budget.recall // seq_len)
+        )
+        measured.chance = float(recall.LETTERS) ** -task.value_len
+        measured.trained_on_recall = subject.experiment.data.recall is not None
+        # Beyond what was trained on only distances count that no row of training had.
+        far = recall.make_questions(
+            task,
+            held_out,
+            length=2 * seq_len,
+            num_rows=max(8, budget.recall_beyond // (2 * seq_len)),
+        )
+
+    losses = {}
+    for name in measured.settings:
+        with _timed(measured, name):
+            # One engine for all that a setting is asked: programs are compiled once.
+            capacity = max(context, 2 * seq_len)
+            engine = subject.engine(without=() if name == ALL else (name,), capacity=capacity)
+            losses[name] = bits.piece_losses(engine, pieces)
+            measured.bits[name] = bits.mean_bits(losses[name], pieces.valid, per_token)
+            measured.by_position[name] = bits.bits_by_position(
+                losses[name], pieces.valid, per_token
+            )
+            if twice is not None:
+                measured.reread[name] = reread(engine, twice, per_token)
+            if near is not None:
+                measured.distance[name] = _recall(engine, near, far, seq_len)
+
+    names = [name for name in (ALL, *measured.table_memories) if name in losses]
+    if len(names) > 1:
+        title, kind_names, of_target = kinds.kinds_of(held_out, pieces)
+        measured.kinds_title = title
+        measured.kinds = kinds.bits_by_kind(
+            {name: losses[name] for name in names}, of_target, kind_names, per_token
+        )
+    with _timed(measured, "slots"):
+        for reads in slots.record_reads(subject, pieces, budget.slots):
+            top, specific = slots.most_read(reads, pieces, held_out.tokenizer)
+            measured.tables.append((reads, top, specific))
+    with _timed(measured, "answers"):
+        if task is not None:
+            with _noted(measured, "answering prompts"):
+                settings = [None if name == ALL else name for name in measured.settings]
+                measured.answers = answer_prompts(subject, task, held_out, settings)
+        measured.sample = draw_sample(subject, held_out, num_tokens=budget.sample)
+
+
+def _recall(engine, near, far, seq_len: int) -> list[dict[str, Any]]:
+    right, share = recall.answer(engine, near)
+    rows = recall.accuracy_by_distance(right, share, near.distance, seq_len)
+    if far is not None:
+        right, share = recall.answer(engine, far)
+        beyond = far.distance >= seq_len
+        rows += recall.accuracy_by_distance(
+            right[beyond], share[beyond], far.distance[beyond], 2 * seq_len, first=seq_len
+        )
+    return rows
+
+
+def _measure_mqar(measured: Measured, budget: Budget) -> None:
+    subject = measured.subject
+    task = subject.experiment.data.mqar
+    assert task is not None
+    questions = mqar.mqar_questions(subject, budget.mqar)
+    measured.chance = 2 / task.vocab_size
+    measured.tokens_scored = int((questions.distances > 0).sum())
+    for name in measured.settings:
+        with _timed(measured, name):
+            engine = subject.engine(without=() if name == ALL else (name,))
+            right = mqar.answer_mqar(engine, questions)
+            measured.distance[name] = mqar.mqar_accuracy(right, questions)
+
+
+def _measure_baselines(measured: Measured, held_out: HeldOut, budget: Budget) -> None:
+    """Markov models of the bytes that the model has read, on the bytes that it was measured on."""
+    subject = measured.subject
+    pieces = bits.cut_pieces(held_out, subject.context, budget.bits).in_bytes(held_out)
+    pipeline = subject.pipeline
+    assert isinstance(pipeline, TextPipeline)
+    num_samples = (subject.step or 0) * subject.experiment.train.batch_size
+    text_share = 1 - _recall_share(subject)
+    models = MarkovModels(_read_once(pipeline, num_samples, text_share))
+    epochs = num_samples * text_share / pipeline.rows_per_epoch
+    measured.baselines = [
+        {
+            "model": "this model",
+            "bits_per_byte": measured.bits[ALL],
+            "parameters": measured.num_parameters,
+            "read_bytes": models.num_bytes,
+            "scored_bytes": measured.bytes_scored,
+        }
+    ]
+    if epochs > 1:
+        measured.notes.append(
+            f"the model read its text {epochs:.1f} times, the Markov models count it once"
+        )
+    for order, found in enumerate(models.bits_per_byte(pieces)):
+        measured.baselines.append(
+            {
+                "model": f"Markov order {order}",
+                "bits_per_byte": found,
+                "parameters": models.num_grams[order],
+                "read_bytes": models.num_bytes,
+                "scored_bytes": measured.bytes_scored,
+            }
+        )
+    files = [held_out.content(document) for document in range(len(held_out))]
+    measured.baselines.append(
+        {
+            "model": "xz -9e, file by file",
+            "bits_per_byte": xz_bits_per_byte(files),
+            "parameters": 0,
+            "read_bytes": 0,
+            "scored_bytes": sum(map(len, files)),
+        }
+    )
+
+
+def _recall_share(subject: Subject) -> float:
+    """Share of the rows that hold a mixed-in task."""
+    task = subject.experiment.data.recall
+    return 0.0 if task is None else task.share
+
+
+def _read_once(
+    pipeline: TextPipeline, num_samples: int, text_share: float
+) -> Iterator[np.ndarray]:
+    """The text of the first samples, each byte once, `MAX_TRAIN_BYTES` at most."""
+    # Counting a text twice would make a Markov model surer than it should be.
+    an_epoch = math.ceil(pipeline.rows_per_epoch / text_share)
+    total = 0
+    for piece in pipeline.text_read(min(num_samples, an_epoch)):
+        if total >= MAX_TRAIN_BYTES:
+            return
+        total += len(piece)
+        yield piece
+
+
+def _table_labels(subject: Subject) -> set[str]:
+    from memtrain.model.ablation import layer_label
+    from memtrain.model.language_model import full_pattern
+
+    return {
+        layer_label(layer)
+        for block in full_pattern(subject.experiment.model)
+        for layer in (block.mixer, block.ffn)
+        if layer is not None and layer.tables()
+    }
+
+
+@contextmanager
+def _noted(measured: Measured, what: str) -> Iterator[None]:
+    """What this text does not allow is told in the report, and nothing else is lost for it."""
+    try:
+        yield
+    except BadInput as error:
+        measured.notes.append(f"{what} was left out: {error}")
+
+
+@contextmanager
+def _timed(measured: Measured, what: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        measured.seconds[what] = time.perf_counter() - begin

@@ -1,0 +1,88 @@
+"""The golden model's forward pass in float64 NumPy: dense, whole, slow, and written from equations.
+
+Reads parameters by name from the artifact's safetensors. Knows nothing of memtrain.
+"""
+
+import numpy as np
+
+
+def rms(x, scale=1.0):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def rotate(x, theta=10_000.0):
+    """x [T, H, D] at positions 0..T-1."""
+    half = x.shape[-1] // 2
+    angle = np.arange(len(x))[:, None] * theta ** (-np.arange(half) / half)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def attention(x, p, *, heads, kv_heads, window=None, sinks=0):
+    T = len(x)
+    split = lambda name, n: (x @ p[f"{name}.weight"]).reshape(T, n, -1)  # noqa: E731
+    q = rotate(rms(split("query", heads), p["query_norm.scale"]))
+    k = rotate(rms(split("key", kv_heads), p["key_norm.scale"]))
+    v = split("value", kv_heads)
+    t, s = np.arange(T)[:, None], np.arange(T)[None]
+    visible = s <= t
+    if window is not None:
+        visible &= (t - s < window) | (s < sinks)
+    out = np.zeros_like(q)
+    for h in range(heads):
+        g = h // (heads // kv_heads)
+        scores = q[:, h] @ k[:, g].T / np.sqrt(q.shape[-1])
+        out[:, h] = softmax(np.where(visible, scores, -np.inf)) @ v[:, g]
+    return out.reshape(T, -1) @ p["output.weight"]
+
+
+def swiglu(x, p):
+    return (silu(x @ p["gate.weight"]) * (x @ p["input.weight"])) @ p["output.weight"]
+
+
+def product_key(x, p, table, *, top_k):
+    """Scores every slot of the table and takes the best: no product-key trick."""
+    T = len(x)
+    _, heads, n, half = p["keys"].shape
+    q = rms((x @ p["query.weight"]).reshape(T, heads, 2, half)) / np.sqrt(half)
+    keys = rms(p["keys"])
+    y = np.zeros((T, table.shape[1]))
+    for h in range(heads):
+        first, second = q[:, h, 0] @ keys[0, h].T, q[:, h, 1] @ keys[1, h].T
+        scores = (first[:, :, None] + second[:, None, :]).reshape(T, n * n)
+        scores = scores * np.exp(p["log_temperature"][h])
+        best = np.argsort(-scores, axis=-1, kind="stable")[:, :top_k]
+        weights = softmax(np.take_along_axis(scores, best, axis=-1))
+        y += np.einsum("tk,tkd->td", weights, table[best])
+    return (y * silu(x @ p["gate.weight"])) @ p["output.weight"]
+
+
+def logits(weights, tokens, *, depth, heads, kv_heads, window, sinks, top_k):
+    """[T, V]. Even layers: windowed attention and SwiGLU; odd: full attention and the table."""
+    w = {name: np.asarray(a, np.float64) for name, a in weights.items()}
+    under = lambda prefix: {  # noqa: E731
+        n.removeprefix(prefix): a for n, a in w.items() if n.startswith(prefix)
+    }
+    x = w["embedding"][tokens] * np.sqrt(w["embedding"].shape[1])
+    for i in range(depth):
+        mixer, ffn = under(f"layers.{i}.mixer."), under(f"layers.{i}.ffn.")
+        inner = lambda p: {n.removeprefix("layer."): a for n, a in p.items()}  # noqa: E731
+        h = rms(x, mixer["norm.scale"])
+        more = {"window": window, "sinks": sinks} if i % 2 == 0 else {}
+        x = x + attention(h, inner(mixer), heads=heads, kv_heads=kv_heads, **more)
+        h = rms(x, ffn["norm.scale"])
+        if i % 2 == 0:
+            x = x + swiglu(h, inner(ffn))
+        else:
+            x = x + product_key(h, inner(ffn), w["tables.memory"], top_k=top_k)
+    return rms(x, w["final_norm.scale"]) @ w["embedding"].T

@@ -1,0 +1,215 @@
+"""Kill it anywhere, start it again: the parameters are those of a run that was never stopped."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from memtrain.config import override
+from memtrain.errors import BadInput, CheckpointError, Preempted
+from memtrain.recipe import load_recipe
+from memtrain.train.checkpoint import CheckpointStore
+from memtrain.train.metrics import read_lines
+from memtrain.train.run import train
+from memtrain.train.state import Plan
+from memtrain.parallel.mesh import mesh_of
+
+
+RECIPE = Path(__file__).parents[1] / "helpers" / "tiny_recipe.py"
+
+
+def experiment(*changes: str, function: str = "recipe"):
+    return override(load_recipe(f"{RECIPE}:{function}"), list(changes))
+
+
+def final_leaves(run: Path, config) -> list[np.ndarray]:
+    """Every leaf of the last checkpoint: parameters, optimizer, carry, counters, rng."""
+    store = CheckpointStore(run / "checkpoints")
+    candidate = store.newest_valid()
+    assert candidate is not None
+    plan = Plan.of(config, candidate.metadata["vocab_size"], mesh_of(config.mesh))
+    return [np.asarray(a) for a in jax.tree.leaves(store.restore(candidate.step, plan.abstract()))]
+
+
+def assert_same(a: list[np.ndarray], b: list[np.ndarray]) -> None:
+    assert len(a) == len(b) > 20
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    config = experiment()
+    train(config, run, progress=quiet)
+    return run, final_leaves(run, config)
+
+
+def test_more_steps_later_are_the_same_steps(unbroken, tmp_path):
+    """The schedule's horizon is the stored one unless it is set."""
+    run, leaves = unbroken
+    short = experiment("train.num_steps=25", "optimizer.horizon_steps=60")
+    train(short, tmp_path, progress=quiet)
+    said: list[str] = []
+    train(experiment(), tmp_path, progress=said.append)
+    assert "train.num_steps: 25 -> 60" in said
+    assert_same(final_leaves(tmp_path, short), leaves)
+    steps = [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert steps == sorted(steps) and len(set(steps)) == 12
+
+
+def test_carried_memory_is_part_of_the_checkpoint(tmp_path):
+    config = experiment(function="carried")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(override(config, ["train.num_steps=20"]), whole, progress=quiet)
+    first = override(config, ["train.num_steps=10", "optimizer.horizon_steps=20"])
+    train(first, parts, progress=quiet)
+    train(override(config, ["train.num_steps=20"]), parts, progress=quiet)
+    a, b = final_leaves(whole, config), final_leaves(parts, config)
+    assert_same(a, b)
+    plan = Plan.of(config, 256, mesh_of(config.mesh))
+    carry = jax.tree.leaves(plan.shapes().carry)
+    assert len(carry) > 8
+
+
+@pytest.mark.full
+def test_sigkill_anywhere(unbroken, tmp_path):
+    _, leaves = unbroken
+    rng = random.Random(0)
+    killed = 0
+    for _ in range(12):
+        # The first life reaches a checkpoint at least, later ones may die before they do anything.
+        code = _run_and_kill(tmp_path, after_step=5 * rng.randrange(1, 4), delay=rng.random() * 0.2)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        killed += 1
+    else:
+        pytest.fail("it never finished")
+    assert killed >= 2
+    assert_same(final_leaves(tmp_path, experiment()), leaves)
+
+
+def _run_and_kill(run: Path, *, after_step: int, delay: float) -> int:
+    """Kills `delay` seconds after `after_step` more steps were printed; the exit code."""
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-m", "memtrain", "train", str(RECIPE), "--run-dir", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"XLA_FLAGS": ""},
+        text=True,
+    )
+    assert child.stdout is not None
+    begun: int | None = None
+    for line in child.stdout:
+        found = re.match(r"step +(\d+)/", line)
+        if found and begun is None:
+            begun = int(found[1])
+        if found and begun is not None and int(found[1]) - begun >= after_step:
+            time.sleep(delay)
+            child.kill()
+            break
+    return child.wait()
+
+
+def test_sigterm_saves_and_asks_to_be_run_again(tmp_path):
+    said: list[str] = []
+
+    def stop_at_20(line: str) -> None:
+        said.append(line)
+        if line.startswith("step     20/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match="SIGTERM and saved at step 2"):
+        train(experiment(), tmp_path, progress=stop_at_20)
+    assert Preempted.exit_code == 75
+    saved = max(CheckpointStore(tmp_path / "checkpoints").steps())
+    assert 20 <= saved <= 26
+
+
+def test_another_identity_is_refused_by_name(unbroken):
+    run, leaves = unbroken
+    config = experiment()
+    with pytest.raises(BadInput, match=r"train.seed was 0 and is 7"):
+        train(override(config, ["train.seed=7"]), run, progress=quiet)
+    with pytest.raises(BadInput, match=r"model.dim"):
+        train(override(config, ["model.dim=32"]), run, progress=quiet)
+    assert_same(final_leaves(run, config), leaves)
+
+
+def test_changed_text_is_refused(tmp_path):
+    text = tmp_path / "text.py"
+    text.write_bytes(RECIPE.read_bytes())
+    config = experiment(f"data.path={text}", "train.num_steps=5")
+    train(config, tmp_path / "run", progress=quiet)
+    text.write_bytes(RECIPE.read_bytes() + b"# changed\n")
+    more = override(config, ["train.num_steps=10"])
+    with pytest.raises(BadInput, match="reading other data"):
+        train(more, tmp_path / "run", progress=quiet)
+
+
+def test_damaged_checkpoints_never_start_afresh(tmp_path):
+    config = experiment("train.num_steps=5")
+    train(config, tmp_path, progress=quiet)
+    for manifest in tmp_path.glob("checkpoints/*/MANIFEST.json"):
+        manifest.write_text("{}")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="none is valid"):
+        train(config, tmp_path, progress=quiet)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_bad_input_writes_nothing(tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    for change, message in (
+        (f"data.path={empty}", "empty"),
+        ("data.path=/nowhere/at/all", "nowhere"),
+        ("mesh.data=4 mesh.fsdp=4 train.batch_size=16", "16 devices"),
+        ("train.tensorboard=maybe", "train.tensorboard"),
+        ("model.vocab_size=100", "model.vocab_size=100"),
+    ):
+        with pytest.raises(BadInput, match=message) as caught:
+            train(experiment(*change.split()), tmp_path / "run", progress=quiet)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "run").exists()
+
+
+def test_several_seeds_of_one_recipe(tmp_path):
+    config = experiment("train.num_steps=6")
+    result = train(config, tmp_path, seeds=[3, 4], progress=quiet)
+    losses = [r["train/loss"] for r in result["runs"]]
+    assert losses[0] != losses[1]
+    assert result["train/loss"]["mean"] == pytest.approx(np.mean(losses))
+    assert result["train/loss"]["stdev"] == pytest.approx(np.std(losses, ddof=1))
+    stored = json.loads((tmp_path / "seed-4" / "config.json").read_text())
+    assert stored["train"]["seed"] == 4
+
+
+def test_init_from_a_run_takes_what_fits(unbroken, tmp_path):
+    run, _ = unbroken
+    config = experiment("train.num_steps=0", f"train.init_from={run}")
+    wider = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, tied_embeddings=False)
+    )
+    said: list[str] = []
+    train(override(wider, ["train.num_steps=1"]), tmp_path, progress=said.append)
+    text = "\n".join(said)
+    assert f"parameters from {run}" in text
+    assert "fresh: unembedding.weight" in text
+    with pytest.raises(BadInput, match="no such run or artifact"):
+        train(experiment("train.init_from=/nowhere"), tmp_path / "x", progress=quiet)
