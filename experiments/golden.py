@@ -24,7 +24,9 @@ def recipe() -> Experiment:
             ),
             repeats=2,
         ),
-        data=DataConfig(path=("stdlib",), recall=RecallTask(share=0.25, num_facts=2, num_queries=2)),
+        data=DataConfig(
+            path=("stdlib",), recall=RecallTask(share=0.25, num_facts=2, num_queries=2)
+        ),
         train=TrainConfig(
             num_steps=24,
             batch_size=8,

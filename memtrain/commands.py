@@ -77,6 +77,8 @@ class Export:
     """The artifact to write, a folder."""
     step: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """The checkpoint to export: the newest valid one unless given."""
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, arg(help_behavior_hint="")] = None
+    """Of the stored parameters and matrix products: as the run has them unless given."""
     json: Json = False
     """Print the result as one JSON object on stdout, and progress on stderr."""
 
@@ -86,7 +88,7 @@ class Export:
         prepare()
         from memtrain.decode.export import export
 
-        return export(run, self.out.absolute(), step=self.step)
+        return export(run, self.out.absolute(), step=self.step, dtype=self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

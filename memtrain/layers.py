@@ -13,7 +13,7 @@ from memtrain.model.feed_forward import SwiGLUConfig as SwiGLU
 from memtrain.schema import register
 
 
-def Window(window: int, **more) -> Attention:  # noqa: N802 - it stands where a class name stands
+def Window(window: int, **more) -> Attention:
     """Sliding-window attention: a token sees `window` positions, its own included."""
     return Attention(window=window, **more)
 

@@ -1,7 +1,7 @@
 """`model.mtx`: a model as a folder that decodes, and vouches for every byte in it.
 
-`docs/artifact.md` describes the files. Writing is all or nothing; loading checks the sha256 of every
-file, and refuses what is missing, changed, unknown or of another format.
+`docs/artifact.md` describes the files. Writing is all or nothing; loading checks the sha256 of
+every file, and refuses what is missing, changed, unknown or of another format.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def write_artifact(
     """Writes an artifact to `out`, all or nothing.
 
     tensors: parameters by name (`memtrain.model.unstacked`), in the dtypes of `experiment.model`.
-    check: is given the artifact as it was loaded back from the disk, raises ArtifactError if it does
-      not decode as it should, and returns the numbers that go into the manifest.
+    check: is given the artifact as it was loaded back from the disk, raises ArtifactError if it
+      does not decode as it should, and returns the numbers that go into the manifest.
     programs: files of the `program/` folder.
 
     An artifact that is at `out` already is replaced at the end; anything else there is refused.
@@ -85,7 +85,9 @@ def write_artifact(
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "created_from": dict(created_from),
-            "library": {name: importlib.metadata.version(name) for name in ("memtrain", "jax", "flax")},
+            "library": {
+                name: importlib.metadata.version(name) for name in ("memtrain", "jax", "flax")
+            },
             "model": {
                 "vocab_size": vocab_size,
                 "parameters": sum(tensor.size for tensor in tensors.values()),
@@ -106,7 +108,7 @@ def write_artifact(
         _write_manifest(folder, manifest)
         _sync(folder)
         _move(folder, out)
-    return Artifact(out, manifest)
+    return Artifact(out, _read_manifest(out))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +225,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         content = file.read_bytes()
     except OSError as error:
-        what = "is not an exported model" if not path.is_dir() or not file.exists() else error.strerror
+        what = (
+            "is not an exported model" if not path.is_dir() or not file.exists() else error.strerror
+        )
         raise ArtifactError(f"{path} {what}: {MANIFEST} cannot be read") from None
     try:
         manifest = json.loads(content)
@@ -359,7 +363,7 @@ def _sync(folder: Path) -> None:
 
 
 def _move(folder: Path, out: Path) -> None:
-    """Puts the finished folder in its place; an older artifact goes only once the new one is there."""
+    """Puts the finished folder in its place. An older artifact goes once the new one is there."""
     if not os.path.lexists(out):
         os.rename(folder, out)
         return

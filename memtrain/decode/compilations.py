@@ -12,7 +12,7 @@ _counts = threading.local()
 _listening = threading.Lock()
 
 
-def _count(event: str, _seconds: float, **_: object) -> None:
+def _count(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == _EVENT:
         _counts.programs = getattr(_counts, "programs", 0) + 1
 

@@ -1,7 +1,7 @@
 """The engine: prefill, decode and score over the memories' own state, in a few fixed shapes.
 
 The core is functional: one state, donated to every call and given back, so that caches are updated
-in place. Lengths are cut into chunks of two or three sizes, the last one padded with invalid tokens;
+in place. Inputs are cut into chunks of one or two sizes, the last one padded with invalid tokens:
 after `warmup` nothing is compiled any more (`compilations` counts).
 """
 
@@ -201,9 +201,7 @@ class Engine:
         if index.shape != (self.batch,) or index.min() < 0 or index.max() >= self.batch:
             raise BadInput(f"fork: give {self.batch} row numbers below {self.batch}, not {index}")
         with self._counted():
-            self._state, self.logits = self._fork(
-                self._weights, self._state, self.logits, index
-            )
+            self._state, self.logits = self._fork(self._weights, self._state, self.logits, index)
             self.used, self.next_position = self.used[index], self.next_position[index]
 
     def prefill(self, tokens: Any, *, starts: Any = None) -> Float[Array, "B V"]:
@@ -272,9 +270,7 @@ class Engine:
         with self._counted():
             for begin, piece, meta in self._pieces(tokens, starts, valid):
                 wanted = _cut(targets, begin, piece.shape[1])
-                losses, self._state = self._score(
-                    self._weights, self._state, piece, meta, wanted
-                )
+                losses, self._state = self._score(self._weights, self._state, piece, meta, wanted)
                 end = min(begin + piece.shape[1], tokens.shape[1])
                 nll[:, begin:end] = np.asarray(losses[0])[:, : end - begin]
                 correct[:, begin:end] = np.asarray(losses[1])[:, : end - begin] > 0
@@ -312,6 +308,7 @@ class Engine:
         meta = np.zeros((3, self.batch, 1), np.int32)
         compiled = self._last.lower(self._weights, self._state, self.logits, tokens, meta).compile()
         analysis = compiled.memory_analysis()
+        assert analysis is not None
         return {
             "temporaries": analysis.temp_size_in_bytes,
             "in_place": analysis.alias_size_in_bytes,

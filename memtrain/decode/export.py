@@ -68,21 +68,19 @@ def export_model(
       bfloat16 (activations, sums and caches stay as the run has them); None keeps the run's.
     programs: also write the `jax.export` program that decodes without memtrain.
 
-    What is loaded back from the disk is checked: in float32 every logit to 1e-4, decoded in one shot,
-    chunked and token by token; in other dtypes also a mean KL of at most 1e-3.
+    What is loaded back from the disk is checked: in float32 every logit to 1e-4, decoded in one
+    shot, chunked and token by token; in other dtypes also a mean KL of at most 1e-3.
     Raises ArtifactError with the numbers where the check fails.
     """
     artifacts.check_free(Path(out))
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(_cpu()):
         return _export(model, experiment, tokenizer, Path(out), created_from, dtype, programs)
 
 
 def _export(model, experiment, tokenizer, out, created_from, dtype, programs) -> dict[str, Any]:
     vocab_size = model.vocab_size
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-        raise BadInput(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model only {vocab_size}"
-        )
+        raise BadInput(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {vocab_size}")
     original = to_tensors(unstack_model(model))
     config = dataclasses.replace(model.config, dtypes=_dtypes(model.config.dtypes, dtype))
     experiment = dataclasses.replace(experiment, model=config)
@@ -128,6 +126,15 @@ def _export(model, experiment, tokenizer, out, created_from, dtype, programs) ->
         "dtypes": written.manifest["model"]["dtypes"],
         "checked": written.manifest["checked"],
     }
+
+
+def _cpu() -> Any:
+    """The host, whose float32 products are float32; None, the default, where jax was told to see
+    accelerators only."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def _dtypes(trained: Dtypes, dtype: DtypeName | None) -> Dtypes:

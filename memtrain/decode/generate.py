@@ -103,7 +103,7 @@ class TextStream:
         self.text = ""
         self._tokenizer, self._show = tokenizer, show
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        # Of a text tokenizer's ids: those whose text is out, kept as far as they shape what follows.
+        # Of a text tokenizer's ids: the last whose text is out, and those that wait for more.
         self._before: list[int] = []
         self._waiting: list[int] = []
 

@@ -1,6 +1,6 @@
 """Golden logits: what the training path says of a few prompts, kept in the artifact.
 
-Whoever decodes the artifact, on whatever device and in whatever program, can hold the result to them.
+Whoever decodes the artifact, on whatever device and in whatever program, can compare.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MAX_LOGIT_BYTES = 4 << 20
 _TEXT = (
     "A memory is worth what it brings back. The library at the harbour kept a card for every ship: "
     "its name, its master, the day it sailed and what it carried. On the third of May the Petrel "
-    "left with salt; on the ninth the Heron left with wool. Ask the cards what the Petrel carried.\n"
+    "left with salt; on the ninth the Heron left with wool. Ask the cards what the Petrel held.\n"
     "def recall(cards, name):\n    for card in reversed(cards):\n        if card.name == name:\n"
     "            return card.cargo\n    raise KeyError(name)\n\n"
 )
@@ -81,7 +81,9 @@ class Golden:
 def longest_window(config: ModelConfig) -> int:
     """Positions of the longest window in the model; 1 where there is none."""
     layers = [layer for block in full_pattern(config) for layer in (block.mixer, block.ffn)]
-    windows = [la.window + la.sink_tokens for la in layers if isinstance(la, AttentionConfig) and la.window]
+    windows = [
+        la.window + la.sink_tokens for la in layers if isinstance(la, AttentionConfig) and la.window
+    ]
     return max(windows, default=1)
 
 

@@ -1,7 +1,7 @@
 """Whether decoding says what training said: the check that every export must pass.
 
-The same tokens go through the cache in three ways (one shot, chunked, token by token) and every logit
-is compared with that of the training path, which keeps no state at all.
+The same tokens go through the cache in three ways (one shot, chunked, token by token), and every
+logit is compared with that of the training path, which keeps no state at all.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def exact_parity(
     although it leads by more than 2e-4.
 
     A memory that selects may break a near tie otherwise than training did: two slots whose weights
-    agree to 1e-4, one read here and the other there. From that token on a row cannot be compared. So
+    agree to 1e-4, one read here and the other there. From that token on a row is not comparable. So
     where logits differ, what was read is looked at, and rows count up to their first such token; at
     least half of all tokens must count.
     """
@@ -95,9 +95,7 @@ def _cuts(model: Unstacked, tokens: np.ndarray, starts: np.ndarray) -> dict[str,
 
     def chunks_of(size: int) -> Cut:
         def run(want_reads: bool):
-            engine = Engine(
-                model, batch=batch, capacity=length, chunk=size, want_reads=want_reads
-            )
+            engine = Engine(model, batch=batch, capacity=length, chunk=size, want_reads=want_reads)
             return engine.trace(tokens, starts=starts)
 
         return run
@@ -106,9 +104,7 @@ def _cuts(model: Unstacked, tokens: np.ndarray, starts: np.ndarray) -> dict[str,
         if want_reads:
             return chunks_of(1)(True)
         engine = Engine(model, batch=batch, capacity=length, chunk=1)
-        steps = [
-            np.asarray(engine.step(tokens[:, i], starts=starts[:, i])) for i in range(length)
-        ]
+        steps = [np.asarray(engine.step(tokens[:, i], starts=starts[:, i])) for i in range(length)]
         return np.stack(steps, axis=1), {}
 
     return {
@@ -175,7 +171,7 @@ def _greedy_differs(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
 def first_near_ties(expected: Reads, found: Reads, shape: Sequence[int]) -> np.ndarray:
     """[B] index of each row's first token at which a near tie was broken otherwise; T where none.
 
-    A difference that is no near tie does not count as one: the row's logits will be held against it.
+    A difference that is no near tie does not count: the row's logits will be held against it.
     """
     first = np.full(shape[0], shape[1])
     for place, reads in expected.items():
@@ -185,7 +181,9 @@ def first_near_ties(expected: Reads, found: Reads, shape: Sequence[int]) -> np.n
             tokens = np.flatnonzero(differs[row])
             if tokens.size and tokens[0] < first[row]:
                 t = tokens[0]
-                here = {key: (reads[key][row, t], mine[key][row, t]) for key in ("slots", "weights")}
+                here = {
+                    key: (reads[key][row, t], mine[key][row, t]) for key in ("slots", "weights")
+                }
                 if _is_near_tie(*here["slots"], *here["weights"]):
                     first[row] = t
     return first

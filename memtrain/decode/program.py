@@ -1,8 +1,8 @@
-"""The model as compiled-anywhere programs: `jax.export` of prefill and decode, weights as arguments.
+"""The model as programs for any platform: `jax.export` of prefill and decode, weights as arguments.
 
-With them an artifact decodes with jax and safetensors alone (`standalone.py`, which goes along). They
-are a convenience: jax reads a serialised program for about half a year of releases, while the weights,
-the configuration and memtrain go on.
+With them an artifact decodes with jax and safetensors alone (`standalone.py`, which goes along).
+They are a convenience: jax reads a serialised program for about half a year of releases, while the
+weights, the configuration and memtrain go on.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from memtrain_kernels import resolve_backend
+from jax import export as jax_export
 
 from memtrain.memory.attention import AttentionConfig
 from memtrain.memory.protocol import Context
 from memtrain.model.config import Block, ModelConfig
 from memtrain.model.language_model import full_pattern
 from memtrain.model.unstacked import Unstacked, abstract_model, tensor_names
+from memtrain_kernels import resolve_backend
 
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -41,8 +42,8 @@ def export_programs(
     prefill(weights, state, tokens, positions, starts, valid) -> (logits [1, chunk, V], state)
     step: the same for one token.
 
-    weights: {tensor name: array}. state: {"layers.LAYER.PLACE.LEAF": array}, to be donated. tokens and
-    positions int32 [1, T], starts and valid bool [1, T]. Batch, capacity and chunk are fixed.
+    weights: {tensor name: array}. state: {"layers.LAYER.PLACE.LEAF": array}, to be donated. tokens
+    and positions int32 [1, T], starts and valid bool [1, T]. Batch, capacity and chunk are fixed.
     """
     model = abstract_model(_portable(config), vocab_size)
     names = tensor_names(model)
@@ -65,6 +66,7 @@ def export_programs(
         ctx = Context(positions=positions, starts=starts, valid=valid)
         nested = jax.tree.unflatten(tree, [state[name] for name in state_names])
         hidden, nested, _ = model(tokens, nested, ctx)
+        assert nested is not None
         return model.body.logits(hidden), _by_name(nested)
 
     def inputs(length: int) -> list[jax.ShapeDtypeStruct]:
@@ -73,11 +75,11 @@ def export_programs(
         return [integers, integers, flags, flags]
 
     exported = {
-        "init": jax.export.export(jax.jit(init), platforms=PLATFORMS)(weights),
-        "prefill": jax.export.export(jax.jit(forward), platforms=PLATFORMS)(
+        "init": jax_export.export(jax.jit(init), platforms=PLATFORMS)(weights),
+        "prefill": jax_export.export(jax.jit(forward), platforms=PLATFORMS)(
             weights, state, *inputs(chunk)
         ),
-        "step": jax.export.export(jax.jit(forward), platforms=PLATFORMS)(
+        "step": jax_export.export(jax.jit(forward), platforms=PLATFORMS)(
             weights, state, *inputs(1)
         ),
     }
@@ -104,7 +106,9 @@ def export_programs(
 def _by_name(state: list[dict[str, Any]]) -> dict[str, Any]:
     """{"layers.0.mixer.key": array} of the state of every layer, in tree order."""
     return {
-        ".".join(["layers", *(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)]): leaf
+        ".".join(
+            ["layers", *(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)]
+        ): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
 

@@ -1,8 +1,8 @@
 """From logits to a token: greedy, temperature, top-k and top-p, seeded.
 
 The order is fixed: logits are divided by the temperature, the `top_k` likeliest are kept, then of
-their renormalised probabilities the shortest run, likeliest first, that reaches `top_p`. Among equal
-logits the lower token id is the likelier. Temperature 0 takes the likeliest token.
+their renormalised probabilities the shortest run, likeliest first, that reaches `top_p`. Among
+equal logits the lower token id is the likelier. Temperature 0 takes the likeliest token.
 """
 
 from __future__ import annotations

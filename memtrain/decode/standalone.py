@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -58,9 +59,7 @@ class Decoder:
         for at in range(0, len(tokens), self.chunk):
             size = min(self.chunk, len(tokens) - at)
             width = 1 if size == 1 else self.chunk
-            pad = lambda a, at=at, size=size, width=width: np.pad(  # noqa: E731
-                a[at : at + size], (0, width - size)
-            )[None]
+            pad = partial(_cut, begin=at, size=size, width=width)
             valid = (np.arange(width) < size)[None]
             call = self._step if width == 1 else self._prefill
             out, self._state = call(
@@ -68,6 +67,11 @@ class Decoder:
             )
             logits.append(np.asarray(out)[0, :size])
         return np.concatenate(logits)
+
+
+def _cut(array: np.ndarray, *, begin: int, size: int, width: int) -> np.ndarray:
+    """[1, width]: `size` elements from `begin`, then zeros."""
+    return np.pad(array[begin : begin + size], (0, width - size))[None]
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:

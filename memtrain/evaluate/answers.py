@@ -67,16 +67,12 @@ def answer_prompts(
             answers={name: answers[row] for name, answers in said.items()},
         )
         for row, (prompt, fact, distance, wanted) in enumerate(
-            zip(
-                examples.prompts, examples.facts, examples.distances, examples.answers, strict=True
-            )
+            zip(examples.prompts, examples.facts, examples.distances, examples.answers, strict=True)
         )
     ]
 
 
-def greedy(
-    engine: Engine, prompts: np.ndarray, count: int, tokenizer: Tokenizer
-) -> list[str]:
+def greedy(engine: Engine, prompts: np.ndarray, count: int, tokenizer: Tokenizer) -> list[str]:
     """`count` tokens after each prompt, the likeliest every time."""
     engine.reset()
     logits = np.asarray(engine.prefill(prompts))

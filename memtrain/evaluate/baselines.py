@@ -104,9 +104,7 @@ def xz_bits_per_byte(files: Sequence[bytes]) -> float:
     for content in files:
         # The preset's 64 MiB dictionary is no use to a shorter file, and takes 674 MiB of memory.
         size = min(max(len(content), 4096), 1 << 26)
-        extreme = {
-            "id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": size
-        }
+        extreme = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": size}
         compressed += len(lzma.compress(content, format=lzma.FORMAT_XZ, filters=[extreme]))
     return 8 * compressed / sum(map(len, files))
 

@@ -142,7 +142,9 @@ def _distance_panel(panel: Axes, measured: Measured) -> None:
     panel.axhline(measured.chance, color=FIRST, linestyle=":", linewidth=1.6)
     if not is_mqar:
         panel.axvline(seq_len, color=FAINT, linestyle="--", linewidth=1.2)
-        panel.text(seq_len, 1.045, "longest row of training ", ha="right", color=FAINT, fontsize=9.5)
+        panel.text(
+            seq_len, 1.045, "longest row of training ", ha="right", color=FAINT, fontsize=9.5
+        )
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     panel.set_ylim(-0.03, 1.1)
@@ -204,7 +206,9 @@ def _kinds_panel(panel: Axes, measured: Measured) -> None:
 
 
 @styled
-def learning(lines: Sequence[Line], measured: Measured, bits_per_nat: float | None) -> Figure | None:
+def learning(
+    lines: Sequence[Line], measured: Measured, bits_per_nat: float | None
+) -> Figure | None:
     """Training loss and held-out bits per byte (loss for MQAR) against tokens."""
     tokens_of = _tokens_by_step(lines)
     train = [(x["tokens"], x["train/loss"]) for x in lines if x.get("train/loss") is not None]
@@ -301,7 +305,12 @@ def table_use(lines: Sequence[Line], measured: Measured) -> Figure | None:
     right.set_title("How unevenly slots are read")
     for x, y, text, colour in ends:
         right.annotate(
-            text, (x, 10**y), xytext=(-8, 6), textcoords="offset points", ha="right", color=colour,
+            text,
+            (x, 10**y),
+            xytext=(-8, 6),
+            textcoords="offset points",
+            ha="right",
+            color=colour,
             fontsize=10,
         )
     return figure

@@ -235,9 +235,7 @@ def _recall_share(subject: Subject) -> float:
     return 0.0 if task is None else task.share
 
 
-def _read_once(
-    pipeline: TextPipeline, num_samples: int, text_share: float
-) -> Iterator[np.ndarray]:
+def _read_once(pipeline: TextPipeline, num_samples: int, text_share: float) -> Iterator[np.ndarray]:
     """The text of the first samples, each byte once, `MAX_TRAIN_BYTES` at most."""
     # Counting a text twice would make a Markov model surer than it should be.
     an_epoch = math.ceil(pipeline.rows_per_epoch / text_share)

@@ -37,9 +37,7 @@ def reread_pieces(held_out: HeldOut, context: int, num_pieces: int) -> Int[np.nd
     return whole[[int((i + 0.5) * len(whole) / count) for i in range(count)]]
 
 
-def reread(
-    engine: Engine, pieces: Int[np.ndarray, "N n"], bytes_per_token: float = 1.0
-) -> Reread:
+def reread(engine: Engine, pieces: Int[np.ndarray, "N n"], bytes_per_token: float = 1.0) -> Reread:
     """Both readings of each piece, one straight after the other, from an empty memory.
 
     The piece's first token is left out of both: in the first reading nothing is known before it, and

@@ -33,6 +33,4 @@ def score_rows(
         found = engine.score(tokens[rows, :end], targets[rows, :end], valid=valid[rows, :end])
         missing = ((0, 0), (0, tokens.shape[1] - end))
         parts.append(Scores(*(np.pad(a, missing) for a in found)))
-    return Scores(
-        *(np.concatenate(column)[:count, :length] for column in zip(*parts, strict=True))
-    )
+    return Scores(*(np.concatenate(column)[:count, :length] for column in zip(*parts, strict=True)))

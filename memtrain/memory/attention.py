@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
-from memtrain_kernels import AttentionSpec, attention
 
-from memtrain.description import BuildContext, Dtypes, LayerDescription
+from memtrain.description import BuildContext, LayerDescription
 from memtrain.memory.primitives import Linear, RMSNorm
 from memtrain.memory.protocol import Aux, Context, LeafSpec, Memory, State, token_documents
 from memtrain.memory.rope import apply_rope
+from memtrain_kernels import AttentionSpec, attention
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from memtrain_kernels import product_key_topk, weighted_gather
 
 from memtrain.description import BuildContext, LayerDescription, TableSpec
 from memtrain.memory.primitives import Linear, rms_normalize
 from memtrain.memory.protocol import Aux, Context, Memory, State
+from memtrain_kernels import product_key_topk, weighted_gather
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,9 @@ def raise_on_overflow(state: Any) -> None:
     state: of one memory, or any tree of them (a model's). For hosts: it waits for the device.
     """
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        if getattr(path[-1], "key", None) == "overflow" and (rows := jnp.flatnonzero(leaf).tolist()):
+        if getattr(path[-1], "key", None) == "overflow" and (
+            rows := jnp.flatnonzero(leaf).tolist()
+        ):
             raise BadInput(
                 f"memory state{jax.tree_util.keystr(path[:-1])}: rows {rows} were given more tokens "
                 "than their capacity; make the state with a larger capacity, or reset the rows"

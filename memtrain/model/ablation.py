@@ -21,7 +21,7 @@ from memtrain.model.language_model import full_pattern
 
 
 def layer_label(layer: LayerDescription) -> str:
-    """`attention`, `window`, or the description's type in snake case without "Config" or "Memory"."""
+    """`attention`, `window`, or the type in snake case without "Config" and "Memory"."""
     if isinstance(layer, AttentionConfig):
         return "attention" if layer.window is None else "window"
     name = type(layer).__name__.removesuffix("Config").removesuffix("Memory")

@@ -108,8 +108,10 @@ def match_names(patterns: Sequence[str], names: Sequence[str], key: str) -> set[
 
 
 def cast(parameters: Parameters, dtype: Any) -> Parameters:
-    return {n: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
-            for n, a in parameters.items()}
+    return {
+        n: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+        for n, a in parameters.items()
+    }
 
 
 def _name(path: tuple) -> str:

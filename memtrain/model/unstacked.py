@@ -1,7 +1,7 @@
 """The model layer by layer, under names that outlive the way it was trained.
 
-Training stacks the parameters of all repeats of a pattern; decoding wants one array a layer, since a
-step that sliced stacked parameters would copy all of them for every token. Names are of layers too:
+Training stacks the parameters of all repeats of a pattern; decoding wants one array a layer, since
+a step that sliced stacked parameters would copy all of them for every token. Names are by layer:
 
     embedding  final_norm.scale  unembedding.weight  tables.memory
     layers.3.mixer.query.weight  layers.3.mixer_norm.scale  layers.3.ffn.output.weight
@@ -29,7 +29,7 @@ from memtrain.model.language_model import AuxByLayer, LanguageModel
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unstacked:
-    """A language model whose blocks are one pytree a layer. `body` is the model without its blocks."""
+    """A language model, one pytree a layer. `body` is the model without its blocks."""
 
     body: LanguageModel
     layers: list[Block]
@@ -100,7 +100,9 @@ def tensor_names(unstacked: Unstacked) -> list[str]:
 
 def _name(path: tuple[Any, ...]) -> str:
     """`.layers[3].mixer.layer.query.weight.value` -> `layers.3.mixer.query.weight`."""
-    parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
+    parts = [
+        str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path
+    ]
     assert parts[-1] == "value", f"{parts} is not the value of a flax Variable"
     root, *rest = parts[:-1]
     if root == "body":

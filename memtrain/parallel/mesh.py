@@ -69,4 +69,3 @@ def mesh_of(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh
             "a job of several processes uses all its devices"
         )
     return Mesh(np.asarray(devices[:wanted]).reshape(shape), AXES)
-

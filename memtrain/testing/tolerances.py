@@ -65,17 +65,17 @@ class Judge:
         """Floats within the tolerance, all else equal. where: bool [B, T], what to compare."""
         tolerance = TOLERANCES[dtype, kind]
         for name, a, b in self._pairs(case, got, want):
-            if where is not None:
-                a, b = a[where], b[where]
             if not _is_float(b):
-                self._equal(case, name, a, b)
+                self._equal(case, name, a, b, where)
                 continue
             a, b = a.astype(np.float64), b.astype(np.float64)
-            if not a.size:
+            error, size = np.abs(a - b), np.abs(b)
+            if where is not None:
+                error, size = _only(error, where), _only(size, where)
+            if not error.size:
                 continue
             self.outcome.checks += 1
-            error = np.abs(a - b)
-            bound = tolerance * max(1.0, float(np.abs(b).max()))
+            bound = tolerance * max(1.0, float(size.max()))
             worst = np.unravel_index(np.nan_to_num(error, nan=np.inf).argmax(), error.shape)
             if not error[worst] <= bound:
                 raise self.broken(
@@ -89,9 +89,11 @@ class Judge:
     def same_bits(self, case: str, got: Any, want: Any, where: np.ndarray | None = None) -> None:
         """Not one bit differs."""
         for name, a, b in self._pairs(case, got, want):
-            if where is not None:
-                a, b = a[where], b[where]
-            self._equal(case, name, a, b)
+            self._equal(case, name, a, b, where)
+
+    def same_array(self, case: str, name: str, a: np.ndarray, b: np.ndarray) -> None:
+        """`same_bits` of one leaf by name."""
+        self._equal(case, name, a, b, None)
 
     def zero(self, case: str, tree: Any, where: np.ndarray | None = None) -> None:
         """Exactly zero, of either sign."""
@@ -124,18 +126,27 @@ class Judge:
                 )
             yield name, a[name], b[name]
 
-    def _equal(self, case: str, name: str, a: np.ndarray, b: np.ndarray) -> None:
+    def _equal(
+        self, case: str, name: str, a: np.ndarray, b: np.ndarray, where: np.ndarray | None
+    ) -> None:
         self.outcome.checks += 1
-        if np.ascontiguousarray(a).tobytes() != np.ascontiguousarray(b).tobytes():
-            bits = f"u{b.dtype.itemsize}"
-            differs = np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits)
+        bits = f"u{b.dtype.itemsize}"
+        differs = np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits)
+        if where is not None:
+            differs = _only(differs, where)
+        if differs.any():
             first = np.unravel_index(differs.argmax(), b.shape)
             raise self.broken(
                 case,
                 _at(name, first),
-                f"{a[first]!s} where {b[first]!s} is right, "
-                f"and {int(differs.sum())} of {b.size} differ: bits must be the same",
+                f"{a[first]!s} where {b[first]!s} is right, and {int(differs.sum())} of {b.size} "
+                "differ: bits must be the same",
             )
+
+
+def _only(a: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Zero outside `where`, which is of the leading dimensions."""
+    return np.where(where.reshape(where.shape + (1,) * (a.ndim - where.ndim)), a, 0)
 
 
 def _is_float(a: np.ndarray) -> bool:

@@ -73,7 +73,7 @@ class CheckpointStore:
             raise BadInput(f"{keep} checkpoints kept: at least 1 is needed to resume from")
         if keep_every_steps is not None and keep_every_steps < 1:
             raise BadInput(f"every {keep_every_steps} steps kept for ever: at least 1")
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()  # Orbax takes no other
         self._keep = keep
         self._keep_every_steps = keep_every_steps
         self._report = report if agree.process_index() == 0 else lambda line: None

@@ -49,7 +49,7 @@ def schedule_of(config: OptimizerConfig, peak: float, num_steps: int) -> optax.S
 def groups_of(
     shapes: Mapping[str, jax.ShapeDtypeStruct], tables: set[str], frozen: set[str]
 ) -> dict[str, str]:
-    """"table", "frozen" or "main" for each parameter."""
+    """ "table", "frozen" or "main" for each parameter."""
     return {
         name: "frozen" if name in frozen else "table" if name in tables else "main"
         for name in shapes

@@ -14,6 +14,7 @@ import jax
 
 from memtrain.config import Experiment, from_dict, to_dict
 from memtrain.errors import BadInput
+from memtrain.recipe import experiment_of_run
 
 
 CONFIG = "config.json"
@@ -34,10 +35,9 @@ def need_experiment(run_dir: Path) -> Experiment:
     """Raises BadInput where `run_dir` holds no run."""
     if not run_dir.is_dir():
         raise BadInput(f"{run_dir}: no such run directory")
-    found = read_experiment(run_dir)
-    if found is None:
+    if not (run_dir / CONFIG).exists():
         raise BadInput(f"{run_dir} holds no run: it has no {CONFIG}")
-    return found
+    return experiment_of_run(run_dir)
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:

@@ -172,11 +172,13 @@ class _Loop:
             losses.append(metrics["train/loss"])
             if step % config.log_every_steps == 0 or step == config.num_steps:
                 pending = (step, len(losses), metrics)
-            if self.is_due(step, config.evaluate_every_steps):
+            evaluates = self.is_due(step, config.evaluate_every_steps)
+            saves = self.is_due(step, config.checkpoint_every_steps)
+            if evaluates or saves:
                 pending = self.flush(pending, losses)
+            if evaluates:
                 self.evaluate(step, state)
-            if self.is_due(step, config.checkpoint_every_steps):
-                pending = self.flush(pending, losses)
+            if saves:
                 self.checkpoint(step, state)
             self.store.poll()
         self.flush(pending, losses)
@@ -231,6 +233,8 @@ class _Loop:
             )
 
     def evaluate(self, step: int, state: TrainState) -> None:
+        if not self.validation_batches:
+            return
         with self.clock.pause("evaluation"):
             found = evaluate_batches(
                 self.evaluation_step,
@@ -274,6 +278,8 @@ class _Loop:
                 self.plan.mesh,
             )
         )
+        if not self.validation_batches and self.config.evaluate_batches:
+            self.say("nothing is held out (data.validation_fraction): no evaluation while training")
         with jax.ensure_compile_time_eval():
             model = skeleton.merge(skeleton.shapes)  # type: ignore[arg-type]
         self.flops = forward_flops(model, self.config.seq_len)

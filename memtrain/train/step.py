@@ -74,9 +74,7 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
             loss, state, metrics, grads = gradients(parameters, rows, state)
             return jax.tree.map(jnp.add, total, (loss, grads)), (state, metrics)
 
-        zeros = {
-            n: jnp.zeros(a.shape, jnp.float32) for n, a in parameters.items() if n in trained
-        }
+        zeros = {n: jnp.zeros(a.shape, jnp.float32) for n, a in parameters.items() if n in trained}
         xs = (jax.tree.map(split, batch), jax.tree.map(split, carry))
         (loss, grads), (carry, metrics) = jax.lax.scan(
             body, (jnp.zeros((), jnp.float32), zeros), xs

@@ -37,7 +37,9 @@ def test_a_feed_forward_layer_is_a_place_but_no_memory():
 
 @pytest.mark.parametrize("name", ["bank", "4.mixer", "0.ffn", "windows", ""])
 def test_an_unknown_name_lists_the_choices(name):
-    with pytest.raises(BadInput, match=r"it has window, attention, product_key, 0\.mixer, 1\.mixer"):
+    with pytest.raises(
+        BadInput, match=r"it has window, attention, product_key, 0\.mixer, 1\.mixer"
+    ):
         resolve_without(CONFIG, (name,))
 
 

@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -62,16 +63,20 @@ def test_what_lies_in_it(artifact_path):
 def test_the_model_comes_back(artifact_path, model):
     artifact = Artifact.load(artifact_path)
     assert artifact.experiment == Experiment(name="random", model=CONFIG)
-    assert artifact.tokenizer.fingerprint() == "bytes"
+    assert artifact.tokenizer and artifact.tokenizer.fingerprint() == "bytes"
     saved, wanted = artifact.tensors(), to_tensors(unstack_model(model))
     assert saved.keys() == wanted.keys()
     assert all((saved[name] == wanted[name]).all() for name in wanted)
     assert {"layers.3.mixer.query.weight", "tables.memory", "embedding"} < saved.keys()
     # Layer 3 is the second repeat of the pattern's second block.
-    stacked = model.blocks[1].mixer.layer.query.weight[...]
+    mixer = model.blocks[1].mixer
+    assert mixer is not None
+    stacked = mixer.layer.query.weight[...]
     assert (saved["layers.3.mixer.query.weight"] == np.asarray(stacked)[1]).all()
-    again = artifact.stacked_model().blocks[1].mixer.layer.query.weight[...]
-    assert (np.asarray(again) == np.asarray(stacked)).all()
+    again = artifact.stacked_model()
+    assert jax.tree.structure(again) == jax.tree.structure(model)
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), again, model)
+    assert all(jax.tree.leaves(same))
 
 
 def test_the_cache_spec_counts_the_bytes_of_the_live_state(artifact_path, model):
@@ -197,7 +202,7 @@ def test_shards_and_their_index(model, tmp_path, monkeypatch):
     monkeypatch.setattr(artifacts, "MAX_SHARD_BYTES", 40_000)
     artifact = write(tmp_path / "m.mtx", model=model)
     shards = sorted(tmp_path.glob("m.mtx/*.safetensors"))
-    assert len(shards) > 4 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert len(shards) == 4 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
     assert all(shard.stat().st_size < 50_000 for shard in shards)
     found, wanted = Artifact.load(artifact.path).tensors(), to_tensors(unstack_model(model))
     assert found.keys() == wanted.keys()

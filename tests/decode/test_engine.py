@@ -181,8 +181,8 @@ def test_a_step_copies_neither_cache_nor_parameters(capsys):
 
 
 def test_arguments_that_make_no_engine(model):
-    for arguments in ({"capacity": 0}, {"capacity": 8, "batch": 0}, {"capacity": 8, "chunk": 0}):
+    for capacity, batch, chunk in ((0, 1, 1), (8, 0, 1), (8, 1, 0)):
         with pytest.raises(BadInput, match="must be at least 1"):
-            Engine(model, **arguments)
+            Engine(model, capacity=capacity, batch=batch, chunk=chunk)
     with pytest.raises(BadInput, match="no such memory; it has window, attention, product_key"):
         Engine(model, capacity=8, without=("bank",))

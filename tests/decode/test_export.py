@@ -66,7 +66,9 @@ def test_a_decoder_that_forgets_is_refused(tiny, tmp_path, monkeypatch):
         return right(self, state, k, v, documents, current, ctx)
 
     monkeypatch.setattr(attention_module.Attention, "_write_ring", wrong)
-    with pytest.raises(ArtifactError, match="decoding chunked does not reproduce training") as error:
+    with pytest.raises(
+        ArtifactError, match="decoding chunked does not reproduce training"
+    ) as error:
         run(tiny, tmp_path / "model.mtx", programs=False)
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path) == []

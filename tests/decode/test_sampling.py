@@ -87,9 +87,11 @@ def test_ids_beyond_the_tokenizer_are_never_drawn():
 
 def test_a_draw_depends_on_seed_step_and_row_only():
     logits = jnp.zeros((4, 1000))
-    draw = lambda seed, step, rows=4: sample(  # noqa: E731
-        logits[:rows], jnp.uint32(seed), jnp.uint32(step), Sampling(temperature=1)
-    ).tolist()
+
+    def draw(seed, step, rows=4):
+        settings = Sampling(temperature=1)
+        return sample(logits[:rows], jnp.uint32(seed), jnp.uint32(step), settings).tolist()
+
     first = draw(1, 2)
     assert draw(1, 2) == first and draw(1, 2, rows=2) == first[:2]
     assert len(set(first)) == 4

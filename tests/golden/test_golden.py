@@ -12,11 +12,11 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
-import memtrain_kernels
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import memtrain_kernels
 from memtrain.config import Experiment, override
 from memtrain.decode.artifact import Artifact
 from memtrain.decode.engine import Engine
@@ -36,7 +36,9 @@ RECIPE = ROOT / "experiments" / "golden.py"
 
 
 def _reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference", Path(__file__).with_name("reference.py"))
+    spec = importlib.util.spec_from_file_location(
+        "reference", Path(__file__).with_name("reference.py")
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -294,6 +294,17 @@ def test_an_interrupted_set_up_is_made_anew(machine: Machine) -> None:
     assert machine.run().stderr == ""
 
 
+def test_an_interrupted_update_is_not_taken_for_done(ready: Machine) -> None:
+    before = (ready.root / "requirements/cpu.txt").read_text()
+    (ready.root / "requirements/cpu.txt").write_text("# changed\n")
+    ready.uv("exit 7")
+    ready.run(code=1)
+    # Back to what the stamp of the first set-up described: half the packages may be the others.
+    (ready.root / "requirements/cpu.txt").write_text(before)
+    ready.uv()
+    assert "interrupted" in ready.run().stderr
+
+
 def test_an_environment_that_moved_or_lost_its_python_is_made_anew(ready: Machine) -> None:
     moved = ready.root.with_name("moved")
     ready.root.rename(moved)

@@ -1,6 +1,5 @@
 """The same run on every factorisation of the devices: the same losses, leaf by leaf gradients."""
 
-
 import jax
 import numpy as np
 import pytest

@@ -17,12 +17,12 @@ import pytest
 
 from memtrain.config import override
 from memtrain.errors import BadInput, CheckpointError, Preempted
+from memtrain.parallel.mesh import mesh_of
 from memtrain.recipe import load_recipe
 from memtrain.train.checkpoint import CheckpointStore
 from memtrain.train.metrics import read_lines
 from memtrain.train.run import train
 from memtrain.train.state import Plan
-from memtrain.parallel.mesh import mesh_of
 
 
 RECIPE = Path(__file__).parents[1] / "helpers" / "tiny_recipe.py"

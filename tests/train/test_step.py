@@ -69,9 +69,7 @@ def test_accumulation_is_the_whole_batch(plain):
     whole, whole_metrics = step(plan.init(), batch)
     parts = tiny.plan_of(tiny.experiment(accumulation_steps=4))
     state, metrics = make_train_step(parts)(parts.init(), batch)
-    np.testing.assert_allclose(
-        metrics["train/loss"], whole_metrics["train/loss"], rtol=1e-5
-    )
+    np.testing.assert_allclose(metrics["train/loss"], whole_metrics["train/loss"], rtol=1e-5)
     np.testing.assert_allclose(
         metrics["train/grad_norm"], whole_metrics["train/grad_norm"], rtol=1e-4
     )
@@ -138,9 +136,7 @@ def test_carry_is_the_state_of_the_memories():
     state, _ = step(state, first)
     _, metrics = step(state, second)
     late = np.concatenate([np.zeros((8, 12)), np.ones((8, 12))], axis=1).astype(np.float32)
-    expected = dense_loss(
-        plan, parameters, whole._replace(loss_weights=whole.loss_weights * late)
-    )
+    expected = dense_loss(plan, parameters, whole._replace(loss_weights=whole.loss_weights * late))
     np.testing.assert_allclose(metrics["train/loss"], expected, rtol=1e-5)
     alone = dense_loss(plan, parameters, second)
     assert abs(float(alone) - float(expected)) > 1e-4  # the memory matters
@@ -163,9 +159,7 @@ def test_scan_and_remat_change_no_gradient(plain):
     config = plan.experiment
     results = []
     for unroll, remat in ((None, "none"), (1, "none"), (1, "full"), (None, "dots")):
-        model = dataclasses.replace(
-            config.model, repeats=2, scan_unroll=unroll, remat=remat
-        )
+        model = dataclasses.replace(config.model, repeats=2, scan_unroll=unroll, remat=remat)
         varied = tiny.plan_of(dataclasses.replace(config, model=model))
         state = varied.init()
         results.append(

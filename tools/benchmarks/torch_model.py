@@ -5,7 +5,7 @@ Fused attention, one matrix product for queries, keys and values, AdamW over all
 
 # pyright: reportMissingImports=false
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import nn
 
 

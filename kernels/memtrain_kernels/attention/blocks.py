@@ -59,17 +59,13 @@ class Plan:
     def kv_bounds(self, j: int) -> tuple[int, int]:
         return j * self.block_kv, min((j + 1) * self.block_kv, self.S)
 
-    def kv_tiles(self, i: int) -> tuple[list[int], list[int]]:
-        """The kv blocks that query block i needs, and those it may need depending on the data."""
-        lo, hi = self.q_bounds(i)
-        certain, possible = [], []
-        for j in range(self.num_kv):
-            a, b = self.kv_bounds(j)
-            if not self.possible_by_index(lo, hi, a, b):
-                continue
-            known = self.by_default or (self.by_index and bool(self._near(lo, b)))
-            (certain if known or self.num_kv == 1 else possible).append(j)
-        return certain, possible
+    def kv_tiles(self, i: int) -> list[int]:
+        """The kv blocks in which query block i may see something, as far as indices tell."""
+        return [
+            j
+            for j in range(self.num_kv)
+            if self.possible_by_index(*self.q_bounds(i), *self.kv_bounds(j))
+        ]
 
     def possible_by_index(self, lo, hi, a, b):
         """Whether indices leave a tile of queries [lo, hi) and keys [a, b) any visible pair.
@@ -90,13 +86,15 @@ class Plan:
 
     @property
     def unrolled(self) -> bool:
-        tiles = 0
-        for i in range(self.num_q):
-            certain, possible = self.kv_tiles(i)
-            tiles += len(certain) + len(possible)
-            if tiles > _MAX_UNROLLED:
-                return False
-        return True
+        """Whether the tiles are written out: indices tell them apart, and they are few."""
+        if self.num_q * self.num_kv == 1:
+            return True
+        sinks_anywhere = (
+            self.spec.window is not None and self.spec.sink_tokens and not self.by_default
+        )
+        if not self.by_index or sinks_anywhere or self.num_q > _MAX_UNROLLED:
+            return False
+        return sum(len(self.kv_tiles(i)) for i in range(self.num_q)) <= _MAX_UNROLLED
 
 
 def make_plan(
@@ -114,7 +112,7 @@ def make_plan(
         return plan(T, S)
     rows = max(16, _BLOCK_ROWS // group)
     small = plan(rows, _BLOCK_KV)
-    if small.num_q * small.num_kv <= 4096 and small.unrolled:
+    if small.unrolled:
         return small
     return plan(max(16, _BLOCK_LOOPED // group), _BLOCK_LOOPED)
 

@@ -57,12 +57,8 @@ class AttentionSpec:
             if value is not None and (not _is_int(value) or value < 1):
                 raise ValueError(f"AttentionSpec.{name} is {value!r}: give an int >= 1, or None")
         if not _is_int(self.sink_tokens) or self.sink_tokens < 0:
-            raise ValueError(
-                f"AttentionSpec.sink_tokens is {self.sink_tokens!r}: give an int >= 0"
-            )
-        if self.soft_cap is not None and not (
-            math.isfinite(self.soft_cap) and self.soft_cap > 0
-        ):
+            raise ValueError(f"AttentionSpec.sink_tokens is {self.sink_tokens!r}: give an int >= 0")
+        if self.soft_cap is not None and not (math.isfinite(self.soft_cap) and self.soft_cap > 0):
             raise ValueError(
                 f"AttentionSpec.soft_cap is {self.soft_cap!r}: give a finite number > 0, or None"
             )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from memtrain_kernels.attention import tiles
-from memtrain_kernels.attention.blocks import Plan, Summary, live_tiles, pad_tokens, summarise
+from memtrain_kernels.attention.blocks import Plan
 from memtrain_kernels.attention.tiles import Rows, Running, Scaling, Tokens
 
 
@@ -22,34 +21,18 @@ def forward(
     """o [B, K, R, E] and lse [B, K, R, 1]."""
     B, K, R, _ = q_BKRD.shape
     group = R // plan.T
-    alive = _Alive(plan, tokens)
     outs, lses = [], []
     for i in range(plan.num_q):
         lo, hi = plan.q_bounds(i)
         q = q_BKRD[:, :, lo * group : hi * group]
-
-        def scores(a: int, b: int, q=q, lo=lo, hi=hi) -> jax.Array:
-            cut = _cut(tokens, lo, hi, a, b)
-            return tiles.masked_scores(plan.spec, scaling, q, k_BKSD[:, :, a:b], cut)
-
-        certain, possible = plan.kv_tiles(i)
         running: Running | None = None
-        for a, b in _runs(plan, certain):
-            s, v = scores(a, b), v_BKSE[:, :, a:b]
+        for a, b in _runs(plan, plan.kv_tiles(i)):
+            k, v = k_BKSD[:, :, a:b], v_BKSE[:, :, a:b]
+            s = tiles.masked_scores(plan.spec, scaling, q, k, _cut(tokens, lo, hi, a, b))
             running = tiles.start(s, v) if running is None else tiles.absorb(running, s, v)
         if running is None:
             dtype = tiles.accumulation_dtype(q.dtype)
             running = tiles.nothing(B, K, q.shape[2], v_BKSE.shape[-1], dtype)
-        for j in possible:
-            a, b = plan.kv_bounds(j)
-            running = lax.cond(
-                alive(i, j),
-                lambda run, a=a, b=b, scores=scores: tiles.absorb(
-                    run, scores(a, b), v_BKSE[:, :, a:b]
-                ),
-                lambda run: run,
-                running,
-            )
         o, lse = tiles.finish(running)
         outs.append(o)
         lses.append(lse)
@@ -66,7 +49,6 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq [B, K, R, D], dk [B, K, D, S], dv [B, K, E, S], before the scales."""
     group = rows.q_BKRD.shape[2] // plan.T
-    alive = _Alive(plan, tokens)
     dqs: list[jax.Array] = []
     dks: list[jax.Array | None] = [None] * plan.num_kv
     dvs: list[jax.Array | None] = [None] * plan.num_kv
@@ -74,55 +56,18 @@ def backward(
         lo, hi = plan.q_bounds(i)
         block = _cut_rows(rows, lo * group, hi * group)
         dq: jax.Array | None = None
-        certain, possible = plan.kv_tiles(i)
-        for j in sorted(certain + possible):
+        for j in plan.kv_tiles(i):
             a, b = plan.kv_bounds(j)
             k, v = k_BKSD[:, :, a:b], v_BKSE[:, :, a:b]
             cut = _cut(tokens, lo, hi, a, b)
-
-            def gradients(block=block, k=k, v=v, cut=cut):
-                return tiles.tile_gradients(plan.spec, scaling, block, k, v, cut)
-
-            if j in possible:
-                shapes = jax.eval_shape(gradients)
-                dq_tile, dk, dv = lax.cond(
-                    alive(i, j), gradients, lambda shapes=shapes: _zeros(shapes)
-                )
-            else:
-                dq_tile, dk, dv = gradients()
-            dq = _plus(dq, dq_tile)
-            dks[j] = _plus(dks[j], dk)
-            dvs[j] = _plus(dvs[j], dv)
+            dq_tile, dk, dv = tiles.tile_gradients(plan.spec, scaling, block, k, v, cut)
+            dq, dks[j], dvs[j] = _plus(dq, dq_tile), _plus(dks[j], dk), _plus(dvs[j], dv)
         if dq is None:
             dq = jnp.zeros(block.q_BKRD.shape, tiles.accumulation_dtype(block.q_BKRD.dtype))
         dqs.append(dq)
     dk_all = [_or_zeros(dk, k_BKSD, plan.kv_bounds(j)) for j, dk in enumerate(dks)]
     dv_all = [_or_zeros(dv, v_BKSE, plan.kv_bounds(j)) for j, dv in enumerate(dvs)]
     return _join(dqs, axis=2), _join(dk_all, axis=3), _join(dv_all, axis=3)
-
-
-class _Alive:
-    """The run-time test of tiles that indices could not decide."""
-
-    def __init__(self, plan: Plan, tokens: Tokens) -> None:
-        self._plan, self._tokens = plan, tokens
-        self._summaries: tuple[Summary, Summary] | None = None
-
-    def __call__(self, i: int, j: int) -> jax.Array:
-        if self._summaries is None:
-            t, plan = self._tokens, self._plan
-            self._summaries = (
-                _summarise(t.q_pos, t.q_seg, plan.block_q),
-                _summarise(t.kv_pos, t.kv_seg, plan.block_kv),
-            )
-        q, kv = self._summaries
-        return live_tiles(
-            self._plan.spec, Summary(*(x[:, i] for x in q)), Summary(*(x[:, j] for x in kv))
-        )
-
-
-def _summarise(pos: jax.Array, seg: jax.Array, block: int) -> Summary:
-    return summarise(pad_tokens(pos, 1, block), pad_tokens(seg, 1, block, fill=-1), block)
 
 
 def _runs(plan: Plan, blocks: list[int]) -> list[tuple[int, int]]:
@@ -160,10 +105,6 @@ def _join(parts: list[jax.Array], axis: int) -> jax.Array:
 
 def _plus(total: jax.Array | None, part: jax.Array) -> jax.Array:
     return part if total is None else total + part
-
-
-def _zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[jax.Array, ...]:
-    return tuple(jnp.zeros(s.shape, s.dtype) for s in shapes)
 
 
 def _or_zeros(total: jax.Array | None, x_BKSD: jax.Array, bounds: tuple[int, int]) -> jax.Array:

@@ -86,8 +86,8 @@ def _check_capacity(judge: Judge, subject: Subject) -> None:
                 bool((leaf == right).all()), case + calls, name, f"{leaf} where {right} is right"
             )
     for name in growing:
-        judge.same_bits(
-            case + " exceeded", {name: after[name][at_capacity]}, {name: before[name][at_capacity]}
+        judge.same_array(
+            case + " exceeded", name, after[name][at_capacity], before[name][at_capacity]
         )
 
 

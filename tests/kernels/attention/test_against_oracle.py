@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from memtrain_kernels import AttentionSpec, attention
 from memtrain_kernels.attention import blocks
 

@@ -1,0 +1,73 @@
+"""Every registered memory keeps every law."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from memtrain.description import Dtypes
+from memtrain.memory import REGISTRY, ProductKeyMemory
+from memtrain.testing import LAWS, check_laws
+
+
+CORE = [law for law in LAWS if law not in ("sharding", "long_runs")]
+WITHOUT_TRANSITIONS = {"attention", "window", "product_key"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.full if n == "attention" else ()) for n in REGISTRY]
+)
+def test_core_laws(name):
+    report = check_laws(REGISTRY[name], laws=CORE)
+    print(report)
+    not_offered = ["context_parallel"] if name in WITHOUT_TRANSITIONS else []
+    assert [o.law for o in report.outcomes if o.status != "holds"] == not_offered
+    assert [o.law for o in report.outcomes] == CORE
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", REGISTRY)
+def test_sharding(name):
+    assert len(jax.devices()) >= 8
+    report = check_laws(REGISTRY[name], laws=["sharding"])
+    assert report["sharding"].status == "holds"
+    assert report["sharding"].notes == ["6 meshes"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", REGISTRY)
+def test_long_runs(name):
+    assert check_laws(REGISTRY[name], laws=["long_runs"])["long_runs"].status == "holds"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", [1, 2])
+def test_another_seed(seed):
+    check_laws(REGISTRY["window"], laws=["split", "reset", "padding"], seed=seed)
+
+
+@pytest.mark.full
+def test_exact_ties_are_broken_alike_in_every_cut():
+    """Twin half-keys: every slot has another with exactly its score, also at the top-k's edge."""
+
+    def make(dtypes: Dtypes, rngs: nnx.Rngs) -> ProductKeyMemory:
+        memory = REGISTRY["product_key"](dtypes, rngs)
+        assert isinstance(memory, ProductKeyMemory)
+        keys = memory.keys[...]
+        memory.keys.set_value(keys.at[:, :, 1::2].set(keys[:, :, ::2]))
+        return memory
+
+    memory = make(Dtypes(), nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (8, 21, 16))
+    margin = np.asarray(memory.selection_margin(x, None, None))  # type: ignore[arg-type]
+    assert (margin == 0).mean() > 0.5
+    check_laws(make, laws=["split", "padding", "save_restore"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REGISTRY)
+def test_slow(name):
+    report = check_laws(REGISTRY[name], slow=True)
+    print(report)
+    assert report["sharding"].notes == ["10 meshes"]
+    assert all(o.status == "holds" for o in report.outcomes if o.law != "context_parallel")
