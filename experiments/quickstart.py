@@ -1,8 +1,8 @@
 """Five minutes on two CPU cores: a byte-level model with three kinds of memory, on real text.
 
-Windowed attention sees the last 64 bytes, full attention everything in its context, and a product-key
-memory keeps what the training text taught in a table. A small share of the rows is a recall task, so
-that the report can show at what distance the model still answers.
+Windowed attention sees the last 64 bytes, full attention everything in its context, and a
+product-key memory keeps what the training text taught in a table. A small share of the rows is a
+recall task, so that the report can show at what distance the model still answers.
 
     memtrain train experiments/quickstart.py
 """

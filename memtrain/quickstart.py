@@ -1,7 +1,8 @@
 """The main job from end to end, as the commands that a user would type.
 
-Trains half of the way, is asked to stop, resumes from its checkpoint with the same command, exports,
-decodes from the cache, and writes the report. `tools/quickstart` runs this after its set-up.
+Trains half of the way, is asked to stop, resumes from its checkpoint with the same command,
+exports, decodes from the cache, and writes the report. `tools/quickstart` runs this after its
+set-up.
 """
 
 from __future__ import annotations

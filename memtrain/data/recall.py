@@ -67,10 +67,10 @@ def check_recall(task: RecallTask, tokenizer: Tokenizer, seq_len: int) -> None:
     """
     if not 0 <= task.share < 1:
         raise BadInput(f"data.recall.share={task.share}: it takes 0 up to, but not, 1")
-    if not 1 <= task.num_queries <= task.num_facts:
+    if task.num_facts < 1 or task.num_queries < 1:
         raise BadInput(
-            f"data.recall.num_queries={task.num_queries}: it takes 1 to data.recall.num_facts"
-            f" ({task.num_facts}), for each fact is asked for once"
+            f"data.recall.num_facts={task.num_facts}, num_queries={task.num_queries}: both take 1"
+            " or more"
         )
     if not (1 <= task.name_len <= 6 and 1 <= task.value_len <= 6):
         raise BadInput(
@@ -140,25 +140,30 @@ class RecallRows:
         key = derive(self._key, "row", index)
         task = self._task
         facts = make_facts(task, self._tokenizer, key)
-        asked = facts[: task.num_queries]
+        times_asked = [len(range(i, task.num_queries, len(facts))) for i in range(len(facts))]
         length = self._seq_len + 1
-        num_text = length - sum(len(fact.tokens) for fact in [*facts, *asked])
+        num_text = length - sum(
+            (1 + times) * len(fact.tokens) for fact, times in zip(facts, times_asked, strict=True)
+        )
         assert num_text > 0
         spare = self._text.num_tokens - num_text + 1
         begin = int(random_integers(derive(key, "text"), 1, spare)[0])
         text, offsets = self._text.read(0, begin, begin + num_text)
 
         slots = _line_begins(text, self._tokenizer)
-        places = slots[random_integers(derive(key, "places"), 2 * len(facts), len(slots))]
-        places = np.sort(places.reshape(len(facts), 2), axis=1).tolist()
-        told = [(place, 0, fact) for (place, _), fact in zip(places, facts, strict=True)]
-        asks = [(place, 1, fact) for (_, place), fact in zip(places, asked, strict=False)]
+        count = task.num_facts + task.num_queries
+        places = slots[random_integers(derive(key, "places"), count, len(slots))]
+        lines = []
+        for fact, times in zip(facts, times_asked, strict=True):
+            own, places = np.sort(places[: 1 + times]).tolist(), places[1 + times :]
+            lines += [(place, turn, fact) for turn, place in enumerate(own)]
         tokens, weights, at = [], [], 0
         text_weights = np.where(offsets == 0, 0.0, float(task.count_text)).astype(np.float32)
-        # Stable by place, and telling goes before asking where they share one.
-        for place, is_asked, fact in sorted([*told, *asks], key=lambda item: item[:2]):
+        # Telling goes before asking where they share a place.
+        for place, turn, fact in sorted(lines, key=lambda line: line[:2]):
+            answer_weight = task.answer_weight if turn else 0.0
             tokens += [text[at:place], fact.tokens]
-            weights += [text_weights[at:place], fact.weights(task.answer_weight * is_asked)]
+            weights += [text_weights[at:place], fact.weights(answer_weight)]
             at = place
         row = np.concatenate([*tokens, text[at:]])
         weight = np.concatenate([*weights, text_weights[at:]])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from memtrain.data.config import RecallTask
@@ -15,8 +16,12 @@ from memtrain.decode.sampling import Sampling, sample
 from memtrain.evaluate.subject import HeldOut, Subject
 
 
-CHUNK = 32
+CHUNK, ROWS = 16, 4
 """Prompts are read and answered in calls of one size: a single program for each setting."""
+
+
+def answer_engine(subject: Subject, without: str | None) -> Engine:
+    return subject.engine(without=() if without is None else (without,), batch=ROWS, chunk=CHUNK)
 
 
 @dataclass(frozen=True)
@@ -32,16 +37,16 @@ class Answered:
 
 
 def answer_prompts(
-    subject: Subject, task: RecallTask, held_out: HeldOut, settings: Sequence[str | None]
+    subject: Subject, task: RecallTask, held_out: HeldOut, engines: Mapping[str, Engine]
 ) -> list[Answered]:
     """One question at each of a few distances, the first to be drawn, answered greedily.
 
-    settings: names of memories to leave out; None leaves out nothing and is called "all".
+    engines: an `answer_engine` for each setting.
     """
     length = subject.experiment.train.seq_len
     prompt_len = length - task.value_len
     longest = prompt_len - (task.num_facts + 1) * (task.name_len + task.value_len + 3)
-    distances = sorted({max(16, longest * part // 8) for part in (1, 2, 4, 7)})
+    distances = [max(16, longest * part // 8) for part in (1, 2, 4, 7)]
     examples = recall_examples(
         task,
         held_out.tokenizer,
@@ -52,12 +57,10 @@ def answer_prompts(
         seed=1,
     )
     count = examples.answers.shape[1]
-    said = {}
-    for name in settings:
-        engine = subject.engine(
-            without=() if name is None else (name,), batch=len(distances), chunk=CHUNK
-        )
-        said[name or "all"] = greedy(engine, examples.prompts, count, held_out.tokenizer)
+    said = {
+        name: greedy(engine, examples.prompts, count, held_out.tokenizer)
+        for name, engine in engines.items()
+    }
     return [
         Answered(
             prompt=held_out.tokenizer.decode(prompt),
@@ -97,6 +100,7 @@ class Sample:
 
 def draw_sample(
     subject: Subject,
+    engine: Engine,
     held_out: HeldOut,
     *,
     num_tokens: int = 400,
@@ -104,25 +108,24 @@ def draw_sample(
     seed: int = 0,
 ) -> Sample:
     """Goes on from the begin of the first document that is long enough."""
-    import jax
-
     prompt_len = min(48, subject.context // 4)
     lengths = [len(held_out.tokens(d)) for d in range(len(held_out))]
     document = next((d for d, n in enumerate(lengths) if n >= prompt_len), int(np.argmax(lengths)))
     prompt = held_out.tokens(document)[:prompt_len]
-    engine = subject.engine(batch=1, chunk=CHUNK)
-    logits = engine.prefill(prompt[None])
     sampling = Sampling(temperature=temperature)
     draw = jax.jit(
         lambda logits, step: sample(
             logits, np.int32(seed), step, sampling, num_tokens=held_out.tokenizer.vocab_size
         )
     )
+    engine.reset()
+    logits = engine.prefill(np.tile(prompt, (engine.batch, 1)))
     tokens = []
-    for step in range(min(num_tokens, subject.context - len(prompt) - 1)):
-        token = draw(logits, np.int32(step))
-        tokens.append(int(token[0]))
-        logits = engine.step(token)
+    for step in range(min(num_tokens, subject.context - len(prompt))):
+        drawn = np.asarray(draw(logits, np.int32(step)))
+        tokens.append(int(drawn[0]))
+        # As a chunk of one token: the program is there already.
+        logits = engine.prefill(drawn[:, None])
     tokenizer = held_out.tokenizer
     return Sample(
         held_out.names[document],

@@ -1,7 +1,7 @@
 """What a language model must beat: Markov models of bytes, and xz.
 
-The Markov models are interpolated with Witten-Bell smoothing (Witten and Bell 1991; Chen and Goodman
-1999, eq. 15): after a context h with N(h) followers, T(h) of them distinct,
+The Markov models are interpolated with Witten-Bell smoothing (Witten and Bell 1991; Chen and
+Goodman 1999): after a context h with N(h) followers, T(h) of them distinct,
 
     p_k(b | h) = (count(h b) + T(h) p_{k-1}(b | h')) / (N(h) + T(h)),      p_{-1} = 1/256,
 
@@ -69,7 +69,7 @@ class MarkovModels:
         return np.cumsum([len(order.grams) for order in self._orders]).tolist()
 
     def probabilities(self, pieces: Sequence[Piece]) -> Float[np.ndarray, "K N"]:
-        """p(byte) of every byte to be predicted, for order 0 to max_order; all pieces in one row."""
+        """p(byte) of every byte to be predicted, order by order; all pieces in one row."""
         kept = self.max_order
         joined, known, wanted = [], [], []
         for history, targets in pieces:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def bits_by_position(
     """Bits per byte of the targets that are predicted from `from` + 1 to `to` tokens."""
     rows = []
     edges = position_edges(nll.shape[1])
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in pairwise(edges):
         count = int(valid[:, begin:end].sum())
         if count:
             bits = float(nll[:, begin:end].sum(dtype=np.float64)) / math.log(2) / bytes_per_token

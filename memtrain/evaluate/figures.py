@@ -221,16 +221,17 @@ def learning(
     panel = figure.subplots()
     x, y = np.array(train, float).T
     panel.plot(x, scale * y, color="#9ca3af", linewidth=1.2)
-    ends = [(x[-1], float(scale * y[-1]), "training loss", FAINT)]
+    right = max(float(x[-1]), *(float(tokens) for tokens, _ in held), 0.0)
+    ends = [(right, float(scale * y[-1]), "training rows", FAINT)]
     if held:
         x2, y2 = np.array(held, float).T
         panel.plot(x2, y2, color=PALETTE[0], marker="o", markersize=5)
-        ends.append((x2[-1], float(y2[-1]), f"held out: {y2[-1]:.2f}", PALETTE[0]))
+        ends.append((right, float(y2[-1]), f"held out: {y2[-1]:.2f}", PALETTE[0]))
     for row in measured.baselines[1:]:
         if row["model"] in ("Markov order 3", "xz -9e, file by file"):
             panel.axhline(row["bits_per_byte"], color=FIRST, linestyle=":", linewidth=1.6)
             label = f"{row['model'].split(',')[0]}: {row['bits_per_byte']:.2f}"
-            ends.append((max(e[0] for e in ends), row["bits_per_byte"], label, FIRST))
+            ends.append((right, row["bits_per_byte"], label, FIRST))
     low = min(e[1] for e in ends)
     high = float(np.percentile(scale * y, 96))
     panel.set_ylim(low - 0.08 * (high - low) - 0.02, high + 0.05 * (high - low) + 0.02)

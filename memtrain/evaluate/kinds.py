@@ -1,4 +1,4 @@
-"""Kinds of tokens, so that what a memory contributes can be told apart by what it was predicting."""
+"""Kinds of tokens: what a memory contributes differs with what is being predicted."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def bits_by_kind(
     names: tuple[str, ...],
     bytes_per_token: float,
 ) -> list[dict[str, Any]]:
-    """For every kind that occurs, its share of the targets and the bits per byte of each setting."""
+    """Of every kind that occurs: its share of the targets, and the bits per byte by setting."""
     total = int((kinds >= 0).sum())
     rows = []
     for index, name in enumerate(names):

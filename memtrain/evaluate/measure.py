@@ -14,7 +14,13 @@ import numpy as np
 from memtrain.data.pipeline import TextPipeline
 from memtrain.errors import BadInput
 from memtrain.evaluate import bits, kinds, mqar, recall, slots
-from memtrain.evaluate.answers import Answered, Sample, answer_prompts, draw_sample
+from memtrain.evaluate.answers import (
+    Answered,
+    Sample,
+    answer_engine,
+    answer_prompts,
+    draw_sample,
+)
 from memtrain.evaluate.baselines import MAX_TRAIN_BYTES, MarkovModels, xz_bits_per_byte
 from memtrain.evaluate.reread import Reread, reread, reread_pieces
 from memtrain.evaluate.slots import Reads, Slot
@@ -33,8 +39,8 @@ class Budget:
 
     bits: int = 32_768
     reread: int = 16_384
-    recall: int = 24_576
-    recall_beyond: int = 24_576
+    recall: int = 20_480
+    recall_beyond: int = 16_384
     slots: int = 16_384
     mqar: int = 65_536
     sample: int = 400
@@ -73,7 +79,7 @@ class Measured:
 
 
 def measure(
-    subject: Subject, *, budget: Budget = Budget(), say: Callable[[str], None] = lambda line: None
+    subject: Subject, *, budget: Budget, say: Callable[[str], None] = lambda line: None
 ) -> Measured:
     """Measures a model. What its text or tokenizer does not allow is left out and noted."""
     import jax
@@ -89,11 +95,12 @@ def measure(
     if subject.experiment.data.mqar is not None:
         _measure_mqar(measured, budget)
         return measured
-    held_out = subject.held_out()
-    say(f"measuring {len(measured.settings)} settings on {len(held_out)} held-out files")
-    _measure_text(measured, held_out, budget)
-    with _timed(measured, "baselines"):
-        _measure_baselines(measured, held_out, budget)
+    with _noted(measured, "everything that takes held-out text"):
+        held_out = subject.held_out()
+        say(f"measuring {len(measured.settings)} settings on {len(held_out)} held-out files")
+        _measure_text(measured, held_out, budget)
+        with _timed(measured, "baselines"):
+            _measure_baselines(measured, held_out, budget)
     return measured
 
 
@@ -151,11 +158,14 @@ def _measure_text(measured: Measured, held_out: HeldOut, budget: Budget) -> None
             top, specific = slots.most_read(reads, pieces, held_out.tokenizer)
             measured.tables.append((reads, top, specific))
     with _timed(measured, "answers"):
+        engines = {
+            name: answer_engine(subject, None if name == ALL else name)
+            for name in (measured.settings if task is not None else [ALL])
+        }
         if task is not None:
             with _noted(measured, "answering prompts"):
-                settings = [None if name == ALL else name for name in measured.settings]
-                measured.answers = answer_prompts(subject, task, held_out, settings)
-        measured.sample = draw_sample(subject, held_out, num_tokens=budget.sample)
+                measured.answers = answer_prompts(subject, task, held_out, engines)
+        measured.sample = draw_sample(subject, engines[ALL], held_out, num_tokens=budget.sample)
 
 
 def _recall(engine, near, far, seq_len: int) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def mqar_accuracy(right: Bool[np.ndarray, "Q"], questions: MqarQuestions) -> lis
     distance = questions.distances[questions.distances > 0]
     edges = distance_edges(questions.tokens.shape[1])
     rows = []
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in pairwise(edges):
         inside = (distance >= begin) & (distance < end)
         if inside.any():
             rows.append(

@@ -108,16 +108,8 @@ def label_lines(axes: Axes, lines: Sequence[tuple[float, float, str, str]]) -> N
     Call it last: it needs the limits of the axes.
     """
     low, high = axes.get_ylim()
-    gap = 0.075 * (high - low)
     order = sorted(range(len(lines)), key=lambda i: lines[i][1])
-    places = [lines[i][1] for i in order]
-    # Up from below, then back down from the top if they ran out of it.
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + gap)
-    if places and places[-1] > high:
-        places[-1] = high
-        for i in range(len(places) - 2, -1, -1):
-            places[i] = min(places[i], places[i + 1] - gap)
+    places = spread([lines[i][1] for i in order], 0.075 * (high - low), high)
     for i, y in zip(order, places, strict=True):
         x, _, text, colour = lines[i]
         axes.annotate(
@@ -130,6 +122,32 @@ def label_lines(axes: Axes, lines: Sequence[tuple[float, float, str, str]]) -> N
             fontsize=10,
             annotation_clip=False,
         )
+
+
+def spread(wanted: Sequence[float], gap: float, high: float) -> list[float]:
+    """Places at least `gap` apart and at most `high`, near to the wanted ones, which ascend.
+
+    Neighbours that would overlap become a group around the mean of what its members want.
+    """
+    groups: list[list[float]] = []
+    for place in wanted:
+        groups.append([place])
+        while len(groups) > 1 and _top(groups[-2], gap) + gap > _bottom(groups[-1], gap):
+            last = groups.pop()
+            groups[-1] += last
+    places = []
+    for group in groups:
+        shift = max(0.0, _top(group, gap) - high)
+        places += [_bottom(group, gap) - shift + i * gap for i in range(len(group))]
+    return places
+
+
+def _bottom(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) - (len(group) - 1) * gap / 2
+
+
+def _top(group: Sequence[float], gap: float) -> float:
+    return _bottom(group, gap) + (len(group) - 1) * gap
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -101,15 +102,15 @@ def _distance(tokens: np.ndarray, targets: np.ndarray, begin: int, end: int) -> 
             same = 0
             while same < at and tokens[at - 1 - same] == tokens[begin - same]:
                 same += 1
-            # A value may stand in another fact too; its own is told after the longest shared prefix.
+            # Another fact may have the same value; its own has the same name before it.
             best = max(best, (same, at))
     assert best[0] > 0, "the answer was not told"
     return begin + 1 - best[1]
 
 
 def answer(engine: Engine, questions: Questions) -> tuple[np.ndarray, np.ndarray]:
-    """For each question: bool, the answer is what greedy decoding would say; and its share of tokens
-    that are the likeliest ones after those before them."""
+    """For each question whether greedy decoding would answer right, and the share of the answer's
+    tokens that are the likeliest ones after those before them."""
     correct = score_rows(engine, questions.tokens, questions.targets, questions.valid).correct
     share = np.array(
         [
@@ -123,7 +124,7 @@ def answer(engine: Engine, questions: Questions) -> tuple[np.ndarray, np.ndarray
 
 
 def distance_edges(length: int, first: int = 0) -> list[int]:
-    """`first`, then 16, 32, 64, ... as far as they are beyond it; the last bucket ends at `length`."""
+    """`first`, then 16, 32, 64, ... as far as they are beyond it; in the end `length`."""
     return [first, *(16 << i for i in range(64) if first < 16 << i < length), length]
 
 
@@ -137,7 +138,7 @@ def accuracy_by_distance(
     """Accuracy of the questions whose distance is at least `from` and less than `to`."""
     rows = []
     edges = distance_edges(length, first)
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in pairwise(edges):
         inside = (distance >= begin) & (distance < end)
         if inside.any():
             rows.append(

@@ -27,7 +27,7 @@ PROMPT_TAIL = 700
 
 
 def report(
-    run: Path | str, *, budget: Budget = Budget(), say: Callable[[str], None] = print
+    run: Path | str, *, budget: Budget | None = None, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Writes RUN/report.html and RUN/figures/*.png, and returns their paths and all numbers.
 
@@ -40,7 +40,7 @@ def report(
     plots.need_matplotlib()
     subject = Subject.open(run)
     lines = metrics.read_lines(run / metrics.FILE_NAME)
-    measured = measure(subject, budget=budget, say=say)
+    measured = measure(subject, budget=budget or Budget(), say=say)
 
     say("drawing")
     bits_per_nat = None
@@ -120,8 +120,8 @@ def _page(run: Path, measured: Measured, lines: list[dict], images: dict[str, by
     page.add(f"<h1>What {escape(experiment.name)} remembers</h1>")
     page.paragraph(
         f"{measured.num_parameters / 1e6:.2f}M parameters, step {measured.subject.step:,}. "
-        "Everything on this page was measured through the decode path on text that was not trained "
-        "on.",
+        "All but the training curves was measured through the decode path, on text that was not "
+        "trained on.",
         faint=True,
     )
     page.facts(_facts(measured))
@@ -247,8 +247,8 @@ def _tables(page: Page, measured: Measured, images: dict[str, bytes]) -> None:
                 page.heading(f"Table {reads.table!r}: the {title} slots and the text they fire on")
                 page.table(columns, slot_rows(found), numbers=(0, 1, 2))
         page.paragraph(
-            "Specific: the share of a slot's weight that falls on its most frequent context of three "
-            "tokens. Only slots that are read at least as much as the average one are listed.",
+            "Specific: the share of a slot's weight that falls on its most frequent context of "
+            "three tokens. Only slots read at least as much as the average one are listed.",
             faint=True,
         )
 

@@ -40,8 +40,8 @@ def reread_pieces(held_out: HeldOut, context: int, num_pieces: int) -> Int[np.nd
 def reread(engine: Engine, pieces: Int[np.ndarray, "N n"], bytes_per_token: float = 1.0) -> Reread:
     """Both readings of each piece, one straight after the other, from an empty memory.
 
-    The piece's first token is left out of both: in the first reading nothing is known before it, and
-    in the second the end of the text stands there.
+    The piece's first token is left out of both: in the first reading nothing is known before it,
+    and in the second the end of the text stands there.
     """
     length = pieces.shape[1]
     twice = np.concatenate([pieces, pieces], axis=1)

@@ -62,7 +62,7 @@ class Slot:
 
 
 def record_reads(subject: Subject, pieces: Pieces, max_tokens: int) -> list[Reads]:
-    """The reads of every table of the model while the first pieces are read. Empty without tables."""
+    """The reads of every table of the model on some of the pieces. Empty without tables."""
     places = _tables(subject)
     if not places:
         return []

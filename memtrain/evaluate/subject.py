@@ -1,4 +1,4 @@
-"""What is evaluated: the model of a run or of an artifact, its decode engines, its held-out text."""
+"""What is evaluated: the model of a run or an artifact, its decode engines, its held-out text."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class Subject:
             )
         if not (target / CONFIG).exists():
             raise BadInput(
-                f"{target} is neither a run nor an exported model: it has no {CONFIG} and no {MANIFEST}"
+                f"{target} is neither a run nor an exported model: "
+                f"it has no {CONFIG} and no {MANIFEST}"
             )
         loaded = load_model(target)
         return cls(

@@ -1,8 +1,8 @@
 """Attention as a memory: its state is the KV cache.
 
-Full causal attention keeps every token (growth per token). With a window it keeps a ring of the last
-`window` tokens and, if asked, the first `sink_tokens` of the current document (Xiao et al. 2024):
-a constant footprint however long the stream.
+Full causal attention keeps every token (growth per token). With a window it keeps a ring of the
+last `window` tokens and, if asked, the first `sink_tokens` of the current document (Xiao et al.
+2024): a constant footprint however long the stream.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class AttentionConfig(LayerDescription):
 class Attention(Memory):
     """Multi-head causal attention, whose state is its KV cache.
 
-    Arithmetic is `memtrain_kernels.attention`. Keys are stored rotated, by position in the document.
+    Arithmetic is `memtrain_kernels.attention`. Keys are stored rotated, by position in the
+    document.
     """
 
     def __init__(self, config: AttentionConfig, context: BuildContext, *, rngs: nnx.Rngs):
@@ -183,7 +184,7 @@ class Attention(Memory):
         )
 
     def _append(self, state: State, k, v, documents, ctx: Context) -> State:
-        """The full cache: tokens go to the next free slots; those past the end only set `overflow`."""
+        """The full cache: tokens go to the next free slots; past the end they only set `overflow`."""
         slots = state["key"].shape[1]
         rank = jnp.cumsum(ctx.valid, axis=1, dtype=jnp.int32) - 1
         slot = jnp.where(ctx.valid, state["length"][:, None] + rank, slots)
@@ -192,7 +193,7 @@ class Attention(Memory):
         return {**written, "length": length, "overflow": state["overflow"] | (length > slots)}
 
     def _seen_by_chunk(self, state: State, k, v, documents, ctx: Context) -> dict[str, Array]:
-        """What the chunk's queries look at: sinks, the ring as it was before the chunk, the chunk."""
+        """What the chunk's queries look at: sinks, the ring from before the chunk, the chunk."""
         new = {"key": k, "value": v, "position": ctx.positions, "document": documents}
         prefixes = ("sink_", "") if self.config.sink_tokens else ("",)
         return {
@@ -203,8 +204,9 @@ class Attention(Memory):
         }
 
     def _write_ring(self, state: State, k, v, documents, current, ctx: Context) -> State:
-        """Slot = arrival number modulo the ring. Sink tokens live in slots of their own only, so that
-        no key is seen twice."""
+        """Slot = arrival number modulo the ring. Sink tokens live in slots of their own only, so
+        that no key is seen twice.
+        """
         ring, sinks = state["key"].shape[1], self.config.sink_tokens
         is_sink = ctx.valid & (ctx.positions < sinks)
         in_ring = ctx.valid & ~is_sink

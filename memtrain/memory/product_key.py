@@ -1,7 +1,7 @@
 """ProductKeyMemory: a differentiable external key-value memory that the weights hold.
 
-Product keys (Lample et al. 2019) with the gated output of Memory Layers at Scale (Berges et al. 2024,
-arXiv 2412.09764, eq. 2), written from the papers' equations:
+Product keys (Lample et al. 2019) with the gated output of Memory Layers at Scale (Berges et al.
+2024, arXiv 2412.09764, eq. 2), written from the papers' equations:
 
     q = W_q x in R^{heads x d_k}, q = [q1; q2]        s_i = K_i q_i for the two half-key sets
     p = softmax over the top-k of all sums s_1[i] + s_2[j]
@@ -46,7 +46,8 @@ class ProductKeyMemoryConfig(LayerDescription):
         root = math.isqrt(self.num_slots)
         if root * root != self.num_slots:
             raise ValueError(
-                f"num_slots={self.num_slots} must be a square; nearest {root**2} or {(root + 1) ** 2}"
+                f"num_slots={self.num_slots} must be a square; "
+                f"nearest {root**2} or {(root + 1) ** 2}"
             )
         if not 1 <= self.top_k <= root:
             raise ValueError(f"top_k={self.top_k} must be between 1 and sqrt(num_slots) = {root}")
@@ -64,7 +65,8 @@ class ProductKeyMemory(Memory):
     """Reads `num_heads * top_k` rows of a shared value table for every token. Its state is empty.
 
     The table is `ctx.tables[config.table]`, `[num_slots, value_dim]`. Gradients reach the rows that
-    were read, and the keys and queries through the softmax over them; the selection itself has none.
+    were read, and the keys and queries through the softmax over them; the selection itself has
+    none.
     """
 
     def __init__(self, config: ProductKeyMemoryConfig, context: BuildContext, *, rngs: nnx.Rngs):
@@ -88,7 +90,7 @@ class ProductKeyMemory(Memory):
             keys.astype(dtypes.params), logical_axes=(None, "heads", None, "key_dim")
         )
         if config.qk_norm:
-            # Unit-rms halves give scores of variance 1; a softmax over the best k wants some contrast.
+            # Unit-rms halves give scores of variance 1; a softmax over the best k wants contrast.
             scale = jnp.full((config.num_heads,), math.log(2.0), dtypes.params)
             self.log_temperature = nnx.Param(scale, logical_axes=(None,))
         self.gate = linear(dim, config.value_dim, axes=("embed", "mlp"))

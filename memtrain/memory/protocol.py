@@ -148,7 +148,7 @@ class Memory(nnx.Module):
     """Newest tokens that `rollback` can take back; 0 where it is not offered."""
 
     def state_spec(self, batch: int, capacity: int) -> Any:
-        """A pytree of `LeafSpec`. `capacity` counts valid tokens since init or a whole-row reset."""
+        """A pytree of `LeafSpec`. capacity: valid tokens since init or a whole-row reset."""
         raise NotImplementedError(f"{type(self).__name__} declares no state_spec")
 
     def init_state(self, batch: int, capacity: int) -> State:
@@ -168,8 +168,9 @@ class Memory(nnx.Module):
         return {}
 
     def live_state(self, state: State) -> State:
-        """The state with everything that no future token can feel set to a fixed value, and slots in
-        (document, position) order: what the split law compares."""
+        """The state with everything that no future token can feel set to a fixed value, and slots
+        in (document, position) order: what the split law compares.
+        """
         return state
 
     def reset(self, state: State, mask: Bool[Array, "B"], capacity: int) -> State:
@@ -201,7 +202,8 @@ def token_documents(
 ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
     """The running document number of each token (-1 where invalid), and the one at the end.
 
-    Packed ids restart in every row, so documents are told apart by a counter that the state carries.
+    Packed ids restart in every row, so documents are told apart by a counter that the state
+    carries.
     """
     begun = jnp.cumsum(ctx.starts & ctx.valid, axis=1, dtype=jnp.int32)
     documents = current[:, None] + begun
@@ -218,6 +220,7 @@ def raise_on_overflow(state: Any) -> None:
             rows := jnp.flatnonzero(leaf).tolist()
         ):
             raise BadInput(
-                f"memory state{jax.tree_util.keystr(path[:-1])}: rows {rows} were given more tokens "
-                "than their capacity; make the state with a larger capacity, or reset the rows"
+                f"memory state{jax.tree_util.keystr(path[:-1])}: rows {rows} were given more "
+                "tokens than their capacity; make the state with a larger capacity, or reset the "
+                "rows"
             )

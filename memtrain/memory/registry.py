@@ -1,7 +1,7 @@
 """Every memory by name, as a small instance that the laws are run on.
 
-`tests/laws` runs `memtrain.testing.check_laws` over this. A new mechanism is done when it is here and
-the laws hold.
+`tests/laws` runs `memtrain.testing.check_laws` over this. A new mechanism is done when it is here
+and the laws hold.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021) with phases that are exact at any int32 position.
 
-In float32, position times frequency is wrong by 0.015 rad at a million tokens. Here a frequency is a
-64-bit fixed-point fraction of a turn, and the product is taken modulo one turn in integers.
+In float32, position times frequency is wrong by 0.015 rad at a million tokens. Here a frequency is
+a 64-bit fixed-point fraction of a turn, and the product is taken modulo one turn in integers.
 """
 
 from functools import lru_cache

@@ -1,7 +1,7 @@
 """FLOPs of one token, by kind: what MFU is counted from.
 
-Causal attention counts half of the square, memory reads are counted apart, lookups in tables and the
-embedding count nothing but their arithmetic. A training step is three forward passes.
+Causal attention counts half of the square, memory reads are counted apart, lookups in tables and
+the embedding count nothing but their arithmetic. A training step is three forward passes.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Int
 
 
 def _chunk_length(batch: int, length: int, chunk_tokens: int) -> int:
-    """Positions per chunk. Chunks run along T, so that a batch sharded over devices stays where it is."""
+    """Positions per chunk. Chunks run along T, so that a batch sharded over devices stays where it
+    is.
+    """
     return min(length, max(1, chunk_tokens // batch))
 
 
@@ -52,8 +54,9 @@ def cross_entropy_sum(
 ) -> Float[Array, ""]:
     """Sum over tokens of weight times cross-entropy in nats.
 
-    Differentiable in `hidden` and `unembedding`. The loss is a scalar, so its gradients are computed
-    in the forward pass, chunk by chunk, and only scaled in the backward: no logits are made twice.
+    Differentiable in `hidden` and `unembedding`. The loss is a scalar, so its gradients are
+    computed in the forward pass, chunk by chunk, and only scaled in the backward: no logits are
+    made twice.
     """
     nll, _ = token_losses(hidden, unembedding, targets, chunk_tokens, matmul)
     return jnp.sum(nll * weights)

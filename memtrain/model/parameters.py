@@ -1,7 +1,7 @@
 """A model's parameters as a flat dict of named arrays, and the skeleton that they are merged into.
 
-Names are paths, such as `blocks.0.mixer.layer.query.weight`: what checkpoints store, freezing matches
-and optimizer groups are chosen by.
+Names are paths, such as `blocks.0.mixer.layer.query.weight`: what checkpoints store, freezing
+matches and optimizer groups are chosen by.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ BATCH_AXES = ("data", "fsdp")
 def initialize_distributed() -> None:
     """Joins the job's other processes, where the environment says that there are any.
 
-    `JAX_COORDINATOR_ADDRESS` with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` names them by hand; Slurm,
-    Open MPI, Kubernetes and TPU pods are recognised by `jax.distributed` itself. Call it before
-    anything touches a device.
+    `JAX_COORDINATOR_ADDRESS` with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` names them by hand;
+    Slurm, Open MPI, Kubernetes and TPU pods are recognised by `jax.distributed` itself. Call it
+    before anything touches a device.
     """
     if jax.distributed.is_initialized():
         return
@@ -45,7 +45,8 @@ def initialize_distributed() -> None:
 def mesh_of(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh `data x fsdp x context x tensor` over the first devices of the job.
 
-    Raises BadInput where there are too few devices, or an axis is asked for that nothing serves yet.
+    Raises BadInput where there are too few devices, or an axis is asked for that nothing serves
+    yet.
     """
     for axis in ("context", "tensor"):
         if getattr(config, axis) != 1:

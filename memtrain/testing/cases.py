@@ -13,6 +13,7 @@ BATCH = 8
 """Rows of a case: each another layout, and a number that 8 devices divide."""
 
 CALL_LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987)
+FEW_CALL_LENGTHS = (1, 3, 8, 13, 21, 55, 144, 377, 987)
 """Calls have these lengths only: each costs a compilation."""
 
 
@@ -104,15 +105,17 @@ def _row(
     return positions, starts, documents >= 0, documents
 
 
-def draw_cut(rng: np.random.Generator, length: int) -> tuple[int, ...]:
+def draw_cut(
+    rng: np.random.Generator, length: int, lengths: tuple[int, ...] = FEW_CALL_LENGTHS
+) -> tuple[int, ...]:
     """Call lengths that add up to `length`."""
     cut: list[int] = []
     while (left := length - sum(cut)) > 0:
-        cut.append(int(rng.choice([n for n in CALL_LENGTHS if n <= left])))
+        cut.append(int(rng.choice([n for n in lengths if n <= left])))
     return tuple(cut)
 
 
 def halves(length: int) -> tuple[int, int]:
     """The largest call shorter than the whole, and the rest."""
-    first = max(n for n in CALL_LENGTHS if n < length)
+    first = max(n for n in FEW_CALL_LENGTHS if n < length)
     return first, length - first

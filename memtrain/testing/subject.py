@@ -49,6 +49,8 @@ class Subject:
         self.ctx = self.layout.context(self.tables)
         # A function of our own: broken variants of one class must not share a compilation.
         self._step = self.jit(lambda memory, x, state, ctx: memory(x, state, ctx)[:2])
+        self._live = self.jit(lambda memory, state: memory.live_state(state))
+        self._init: dict[tuple[int, int], Callable] = {}
         self._margin = self.jit(lambda memory, x, ctx: memory.selection_margin(x, None, ctx))
         self.x = self.draw_inputs(rng, self.layout)
         self.cotangent = rng.normal(size=self.x.shape).astype(np.float32)
@@ -82,7 +84,10 @@ class Subject:
         raise ValueError(f"no inputs found whose top-k margins are at least {least}")
 
     def init(self, batch: int = BATCH, capacity: int | None = None) -> State:
-        return self.memory.init_state(batch, capacity or self.capacity)
+        capacity = capacity or self.capacity
+        if (batch, capacity) not in self._init:
+            self._init[batch, capacity] = self.jit(lambda m: m.init_state(batch, capacity))
+        return self._init[batch, capacity](self.memory)
 
     def step(self, x: Any, state: State | None, ctx: Context) -> tuple[jax.Array, State | None]:
         """One compiled call."""
@@ -127,7 +132,7 @@ class Subject:
         return dict(zip(("parameters", "input", "tables"), gradients, strict=True))
 
     def live(self, state: State) -> State:
-        return self.memory.live_state(state)
+        return self._live(self.memory, state)
 
     @property
     def has_state(self) -> bool:
@@ -136,22 +141,21 @@ class Subject:
     def moves(self) -> tuple[float, float | None]:
         """How far the memory moves its block, and how far what it carried does: rms over input rms.
 
-        The second is None for a memory without state.
+        The second is None for a memory without state: it is felt where a document goes on from one
+        half to the other.
         """
-        valid = self.layout.valid
-        size = _rms(np.asarray(self.x)[valid])
-        whole, _ = self.run((self.length,))
-        moved = _rms(whole[valid]) / size
+        layout, half = self.layout, self.length // 2
+        size = _rms(np.asarray(self.x)[layout.valid])
         if not self.has_state:
-            return moved, None
-        half = self.length // 2
+            return _rms(self.run(None)[0][layout.valid]) / size, None
         cut = (1,) * self.length
-        forgetful = np.concatenate(
-            [whole[:, :half], self.run(cut[half:], *_tail(self.x, self.ctx, half))[0]], axis=1
-        )
-        first = np.take_along_axis(self.layout.documents, np.full((BATCH, 1), half - 1), axis=1)
-        goes_on = valid & (self.layout.documents == first) & (np.arange(self.length) >= half)
-        return moved, _rms((whole - forgetful)[goes_on]) / size
+        whole, _ = self.run(cut)
+        x, ctx = self.x[:, half:], self.ctx.window(half, self.length)
+        forgetful, _ = self.run(cut[half:], x, ctx)
+        goes_on = layout.documents[:, half:] == layout.documents[:, half - 1 : half]
+        goes_on &= layout.valid[:, half:]
+        carried = _rms((whole[:, half:] - forgetful)[goes_on])
+        return _rms(whole[layout.valid]) / size, carried / size
 
     def assert_moves(self) -> str | None:
         """Why a law on this memory would prove nothing, or None."""
@@ -161,10 +165,6 @@ class Subject:
         if carried is not None and not carried >= LEAST_MOVE:
             return f"what the memory carries moves its block's output by {carried:.3f} of its input"
         return None
-
-
-def _tail(x: jax.Array, ctx: Context, begin: int) -> tuple[np.ndarray, Context]:
-    return np.asarray(x)[:, begin:], ctx.window(begin, x.shape[1])
 
 
 def _rms(a: np.ndarray) -> float:

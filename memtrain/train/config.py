@@ -6,7 +6,9 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with parameter groups (Loshchilov and Hutter 2019; table group after Berges et al. 2024)."""
+    """AdamW with parameter groups (Loshchilov and Hutter 2019; table group after Berges et al.
+    2024).
+    """
 
     learning_rate: float = 3e-3
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -41,7 +43,9 @@ class TrainConfig:
     accumulation_steps: int = 1
     """The batch is read in this many equal parts, one after the other, under one update."""
     carry: Literal["none", "stop"] = "none"
-    """Memory state between steps: dropped, or kept with gradients stopped (needs data.order="document")."""
+    """Memory state between steps: dropped, or kept with gradients stopped (needs
+    data.order="document").
+    """
     checkpoint_every_steps: int = 200
     keep_checkpoints: int = 3
     """Newest checkpoints kept."""
@@ -52,7 +56,9 @@ class TrainConfig:
     evaluate_batches: int = 8
     """Held-out batches read at each evaluation."""
     max_skipped_steps: int = 100
-    """Steps with a non-finite loss or gradient are skipped and counted; more than this in a row ends the run."""
+    """Steps with a non-finite loss or gradient are skipped and counted; more than this in a row
+    ends the run.
+    """
     init_from: str | None = None
     """A run or artifact whose matching parameters are the starting point."""
     freeze: tuple[str, ...] = ()

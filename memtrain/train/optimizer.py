@@ -1,7 +1,7 @@
 """AdamW with parameter groups and schedules, from optax.
 
-Three groups: memory tables (own learning rate and clip, no weight decay), frozen parameters, and all
-the rest, of which only matrices are decayed.
+Three groups: memory tables (own learning rate and clip, no weight decay), frozen parameters, and
+all the rest, of which only matrices are decayed.
 """
 
 from __future__ import annotations

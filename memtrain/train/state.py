@@ -70,7 +70,9 @@ class Plan:
         return {n for n, group in self.groups.items() if group == name}
 
     def carry_spec(self) -> Any:
-        """Spec of the state between steps. A stream has no end, so every leaf must be of fixed size."""
+        """Spec of the state between steps. A stream has no end, so every leaf must be of fixed
+        size.
+        """
         from memtrain.memory.protocol import is_leaf_spec
 
         model = self.skeleton.merge(self.skeleton.shapes)  # type: ignore[arg-type]

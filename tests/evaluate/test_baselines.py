@@ -41,8 +41,12 @@ TRAIN = [b"the cat sat on the mat, the rat ate the hat", b"", b"ab", b"\x00\x00\
 PIECES = [(b"", b"the bat"), (b"th", b"e \x00\x00"), (b"a longer history: the ", b"cat\xfe")]
 
 
-def as_arrays(pieces):
-    return [tuple(np.frombuffer(part, np.uint8) for part in piece) for piece in pieces]
+def array(content: bytes) -> np.ndarray:
+    return np.frombuffer(content, np.uint8)
+
+
+def as_arrays(pieces: list[tuple[bytes, bytes]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(array(history), array(targets)) for history, targets in pieces]
 
 
 def test_probabilities_are_the_recursion():
@@ -75,8 +79,8 @@ def test_no_training_text_leaves_the_uniform():
 
 def test_pieces_do_not_run_into_each_other():
     """ "ab" then "cd" holds no "bc"; as one piece it does."""
-    two = MarkovModels(as_arrays([(b"ab", b"cd")])[0], 1)
-    one = MarkovModels(as_arrays([(b"abcd",)])[0], 1)
+    two = MarkovModels([array(b"ab"), array(b"cd")], 1)
+    one = MarkovModels([array(b"abcd")], 1)
     asked = as_arrays([(b"b", b"c")])
     assert one.probabilities(asked)[1, 0] > two.probabilities(asked)[1, 0]
     assert two.probabilities(asked)[1, 0] == two.probabilities(asked)[0, 0]

@@ -1,7 +1,7 @@
 """Training speed on CPU beside PyTorch: the same shape, the same run, interleaved.
 
-d=256, 4 layers, 4 heads, T=512, batch 16 unless given. The ratio is what counts: above 1, memtrain is
-the faster one.
+d=256, 4 layers, 4 heads, T=512, batch 16 unless given. The ratio is what counts: above 1, memtrain
+is the faster one.
 """
 
 from __future__ import annotations

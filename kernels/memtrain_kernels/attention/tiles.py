@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from memtrain_kernels.attention.masks import visible
 from memtrain_kernels.attention.spec import AttentionSpec
@@ -79,6 +80,7 @@ def masked_scores(
 
 
 def cap(spec: AttentionSpec, scaling: Scaling, s: jax.Array) -> jax.Array:
+    """Scores from products: the scale, if it was not on q, and the soft cap."""
     if scaling.on_scores != 1:
         s = s * scaling.on_scores
     if spec.soft_cap is not None:
@@ -86,15 +88,22 @@ def cap(spec: AttentionSpec, scaling: Scaling, s: jax.Array) -> jax.Array:
     return s
 
 
-def _mask(spec: AttentionSpec, s_BKRS: jax.Array, tokens: Tokens) -> jax.Array:
-    B, K, R, S = s_BKRS.shape
+def ceiling(spec: AttentionSpec, tokens: Tokens, dtype: jnp.dtype) -> jax.Array:
+    """+inf where a query sees a key, else -inf: [B or 1, T, S], for all heads.
+
+    A minimum with it masks scores: XLA on CPU vectorises that where a select inside the row maximum
+    costs five times as much.
+    """
     t = tokens
     seen_BTS = visible(
         spec, t.q_pos[:, :, None], t.kv_pos[:, None], t.q_seg[:, :, None], t.kv_seg[:, None]
     )
-    # A minimum with +-inf, made once for all heads: XLA on CPU vectorises it where a select inside
-    # the row maximum costs five times as much.
-    ceiling_BTS = jnp.where(seen_BTS, jnp.inf, -jnp.inf).astype(s_BKRS.dtype)
+    return jnp.where(seen_BTS, jnp.inf, -jnp.inf).astype(dtype)
+
+
+def _mask(spec: AttentionSpec, s_BKRS: jax.Array, tokens: Tokens) -> jax.Array:
+    B, K, R, S = s_BKRS.shape
+    ceiling_BTS = ceiling(spec, tokens, s_BKRS.dtype)
     T = ceiling_BTS.shape[1]
     s_BKTGS = jnp.minimum(s_BKRS.reshape(B, K, T, R // T, S), ceiling_BTS[:, None, :, None])
     return s_BKTGS.reshape(B, K, R, S)
@@ -102,16 +111,19 @@ def _mask(spec: AttentionSpec, s_BKRS: jax.Array, tokens: Tokens) -> jax.Array:
 
 def start(s_BKRS: jax.Array, v_BKSE: jax.Array) -> Running:
     """The softmax over a first tile."""
+    # Kept as it is, masked: recomputing the mask inside the exponential costs more than reading it,
+    # and XLA on CPU fuses exponential, sum and product only over an array that exists.
+    s_BKRS = lax.optimization_barrier(s_BKRS)
     m = jnp.max(s_BKRS, axis=-1, keepdims=True)
-    p = jnp.exp(s_BKRS - _finite(m))
+    p = jnp.exp(s_BKRS - finite(m))
     return Running(m, jnp.sum(p, axis=-1, keepdims=True), _values(p, v_BKSE))
 
 
 def absorb(running: Running, s_BKRS: jax.Array, v_BKSE: jax.Array) -> Running:
     """The softmax over one more tile: rescale what was summed to the new maximum."""
     m = jnp.maximum(running.m, jnp.max(s_BKRS, axis=-1, keepdims=True))
-    p = jnp.exp(s_BKRS - _finite(m))
-    fade = jnp.exp(running.m - _finite(m))
+    p = jnp.exp(s_BKRS - finite(m))
+    fade = jnp.exp(running.m - finite(m))
     return Running(
         m,
         running.l * fade + jnp.sum(p, axis=-1, keepdims=True),
@@ -131,9 +143,9 @@ def nothing(B: int, K: int, R: int, E: int, dtype: jnp.dtype) -> Running:
 def finish(running: Running) -> tuple[jax.Array, jax.Array]:
     """o [B, K, R, E] and lse [B, K, R, 1]; 0 and -inf where nothing was seen."""
     m, l, acc = running
-    seen = l > 0
-    safe_l = jnp.where(seen, l, 1)
-    return acc * (1 / safe_l), jnp.where(seen, m + jnp.log(safe_l), -jnp.inf)
+    # The greatest score adds exp(0) = 1 to l, so l < 1 says that nothing was seen, and m is -inf.
+    l = jnp.maximum(l, 1)
+    return acc / l, m + jnp.log(l)
 
 
 class Rows(NamedTuple):
@@ -175,5 +187,6 @@ def _values(p_BKRS: jax.Array, v_BKSE: jax.Array) -> jax.Array:
     return product("bkrs,bkse->bkre", p_BKRS.astype(v_BKSE.dtype), v_BKSE)
 
 
-def _finite(m: jax.Array) -> jax.Array:
+def finite(m: jax.Array) -> jax.Array:
+    """The greatest score as a shift: 0 where nothing was seen, for -inf - -inf is no number."""
     return jnp.where(m == -jnp.inf, 0, m)

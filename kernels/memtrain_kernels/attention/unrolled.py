@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from memtrain_kernels.attention import tiles
 from memtrain_kernels.attention.blocks import Plan
@@ -25,6 +26,7 @@ def forward(
     for i in range(plan.num_q):
         lo, hi = plan.q_bounds(i)
         q = q_BKRD[:, :, lo * group : hi * group]
+        (q,) = _after(outs[-1:], q)
         running: Running | None = None
         for a, b in _runs(plan, plan.kv_tiles(i)):
             k, v = k_BKSD[:, :, a:b], v_BKSE[:, :, a:b]
@@ -50,6 +52,7 @@ def backward(
     """dq [B, K, R, D], dk [B, K, D, S], dv [B, K, E, S], before the scales."""
     group = rows.q_BKRD.shape[2] // plan.T
     dqs: list[jax.Array] = []
+    last: list[jax.Array] = []
     dks: list[jax.Array | None] = [None] * plan.num_kv
     dvs: list[jax.Array | None] = [None] * plan.num_kv
     for i in range(plan.num_q):
@@ -60,7 +63,9 @@ def backward(
             a, b = plan.kv_bounds(j)
             k, v = k_BKSD[:, :, a:b], v_BKSE[:, :, a:b]
             cut = _cut(tokens, lo, hi, a, b)
+            k, v = _after(last, k, v)
             dq_tile, dk, dv = tiles.tile_gradients(plan.spec, scaling, block, k, v, cut)
+            last = [dk, dv]
             dq, dks[j], dvs[j] = _plus(dq, dq_tile), _plus(dks[j], dk), _plus(dvs[j], dv)
         if dq is None:
             dq = jnp.zeros(block.q_BKRD.shape, tiles.accumulation_dtype(block.q_BKRD.dtype))
@@ -97,6 +102,14 @@ def _cut_rows(rows: Rows, lo: int, hi: int) -> Rows:
         rows.lse_BKR1[:, :, lo:hi],
         rows.delta_BKR1[:, :, lo:hi],
     )
+
+
+def _after(done: list[jax.Array], *arrays: jax.Array) -> list[jax.Array]:
+    """The arrays, but not before `done` is computed.
+
+    XLA on CPU would start all blocks early and hold all their scores at once.
+    """
+    return lax.optimization_barrier((done, list(arrays)))[1] if done else list(arrays)
 
 
 def _join(parts: list[jax.Array], axis: int) -> jax.Array:

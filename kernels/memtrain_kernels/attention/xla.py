@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memtrain_kernels.attention import looped, tiles, unrolled
+from memtrain_kernels.attention import direct, looped, tiles, unrolled
 from memtrain_kernels.attention.blocks import Plan, make_plan
 from memtrain_kernels.attention.masks import fill_defaults
 from memtrain_kernels.attention.spec import AttentionSpec
@@ -54,6 +54,11 @@ def _attend_forward(q_BTHD, k_BSKD, v_BSKE, tokens: Tokens, plan: Plan):
     num_kv_heads = k_BSKD.shape[2]
     group = q_BTHD.shape[2] // num_kv_heads
     scaling = _scaling(plan.spec, q_BTHD)
+    if direct.serves(plan, num_kv_heads, group):
+        o_BTHE, lse_BTH = direct.forward(
+            plan, scaling, _scaled(q_BTHD, scaling), k_BSKD, v_BSKE, tokens
+        )
+        return (o_BTHE, lse_BTH), (q_BTHD, k_BSKD, v_BSKE, tokens, o_BTHE, lse_BTH)
     o_BKRE, lse_BKR1 = _form(plan).forward(
         plan,
         scaling,

@@ -13,7 +13,8 @@ def weighted_gather(table: Array, slots: Array, weights: Array) -> Array:
         table: [N, D]. slots: int32 [M, K] in 0..N-1. weights: [M, K].
     Returns:
         [M, D] in the table's dtype, summed in float32. The [M, K, D] rows are never formed, neither
-        here nor in the gradients, which are a scatter-add for the table and dot products for the weights.
+        here nor in the gradients, which are a scatter-add for the table and dot products for the
+        weights.
     """
     return _forward(table, slots, weights)[0]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from memtrain.testing.bench import Bench
@@ -37,7 +36,7 @@ def _check_fork(judge: Judge, subject: Subject) -> None:
     _, state = subject.run((first,), x[:, :first], ctx.window(0, first))
     before = jax.tree.map(np.array, state)
     rows = np.array([2, 0, 0, 7, 1, 4, 5, 5])
-    forked = subject.memory.fork(state, jnp.asarray(rows))
+    forked = subject.jit(lambda m, s, r: m.fork(s, r))(subject.memory, state, rows)
     case = f"fork of rows {rows.tolist()}"
     pick = lambda leaf: np.asarray(leaf)[rows]  # noqa: E731
     judge.same_bits(case, forked, jax.tree.map(pick, before))
@@ -66,7 +65,7 @@ def _check_rollback(judge: Judge, subject: Subject, tokens: int) -> None:
     _, before = subject.run((first,), x[:, :first], ctx.window(0, first))
     again = x[:, :tokens], ctx.window(0, tokens)
     want, after = subject.run((1,) * tokens, *again, before)
-    back = subject.memory.rollback(after, tokens)
+    back = subject.jit(lambda m, s: m.rollback(s, tokens))(subject.memory, after)
     case = f"rollback of {tokens} tokens"
     rows = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf)[full], tree)  # noqa: E731
     judge.same_bits(case, rows(subject.live(back)), rows(subject.live(before)))

@@ -65,14 +65,14 @@ def _check_capacity(judge: Judge, subject: Subject) -> None:
         if leaf.growth != "fixed"
     }
     _, full = subject.run((subject.length,))
-    # Rows without padding end exactly at the capacity; five tokens more are too many for them.
+    # Rows without padding end exactly at the capacity; eight tokens more are too many for them.
     x, ctx, valid = subject.x, subject.ctx, subject.layout.valid
     _, full = subject.run((3,), x[:, :3], ctx.window(0, 3), full)
-    _, past = subject.run((5,), x[:, :5], ctx.window(0, 5), full)
+    _, past = subject.run((8,), x[:, :8], ctx.window(0, 8), full)
     _, later = subject.run((1,), x[:, :1], _nothing(ctx), past)
     written = valid.sum(1) + valid[:, :3].sum(1)
     at_capacity = written == subject.capacity
-    too_many = written + valid[:, :5].sum(1) > subject.capacity
+    too_many = written + valid[:, :8].sum(1) > subject.capacity
     before, after, last = named_leaves(full), named_leaves(past), named_leaves(later)
     case = f"capacity {subject.capacity}"
     flags = [name for name in before if name.endswith("['overflow']")]

@@ -11,7 +11,7 @@ from flax import nnx
 from memtrain.description import Dtypes
 from memtrain.memory.protocol import is_leaf_spec, map_spec, spec_bytes
 from memtrain.testing.bench import BFLOAT16, Bench
-from memtrain.testing.cases import BATCH
+from memtrain.testing.cases import BATCH, halves
 from memtrain.testing.report import Outcome
 from memtrain.testing.subject import Subject
 from memtrain.testing.tolerances import Judge, named_leaves
@@ -28,7 +28,8 @@ def check(bench: Bench) -> Outcome:
         _check_arrays(judge, f"{dtypes.state}, empty state", spec, empty)
         abstract = jax.eval_shape(lambda m, s=subject: m.init_state(BATCH, s.capacity), memory)
         _check_arrays(judge, f"{dtypes.state}, jax.eval_shape", spec, abstract)
-        y, state = subject.run((bench.length,))
+        n = halves(bench.length)[0]
+        y, state = subject.run((n,), subject.x[:, :n], subject.ctx.window(0, n))
         _check_arrays(judge, f"{dtypes.state}, after a call", spec, state)
         live = sum(leaf.nbytes for leaf in named_leaves(state).values())
         judge.require(
@@ -58,7 +59,7 @@ def _check_arrays(judge: Judge, case: str, spec: Any, state: Any) -> None:
 
 def _check_output(judge: Judge, subject: Subject, y: Any) -> None:
     got = (y.shape, y.dtype.name)
-    want = (subject.x.shape, subject.dtypes.compute)
+    want = ((BATCH, halves(subject.length)[0], subject.dim), subject.dtypes.compute)
     judge.require(got == want, "one call", "output", f"{got} where {want} is right")
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from memtrain.testing.bench import BFLOAT16, Bench
-from memtrain.testing.cases import draw_cut, halves
+from memtrain.testing.cases import CALL_LENGTHS, FEW_CALL_LENGTHS, draw_cut, halves
 from memtrain.testing.report import Outcome
 from memtrain.testing.subject import Subject
 from memtrain.testing.tolerances import Judge
@@ -15,25 +15,26 @@ def check(bench: Bench) -> Outcome:
     T = bench.length
     rng = np.random.default_rng(bench.seed)
     cuts = [halves(T), halves(T)[::-1], (1,) * T]
-    drawn = [draw_cut(rng, T) for _ in range(20 if bench.slow else 3)]
-    check_cuts(judge, bench.subject(), [*cuts, *drawn])
-    check_cuts(judge, bench.subject(BFLOAT16), cuts[:1] if not bench.slow else cuts)
+    lengths, count = (CALL_LENGTHS, 20) if bench.slow else (FEW_CALL_LENGTHS, 3)
+    drawn = [draw_cut(rng, T, lengths) for _ in range(count)]
+    check_cuts(judge, bench.subject(), [(T,), *cuts, *drawn])
+    check_cuts(judge, bench.subject(BFLOAT16), [(T,), *cuts] if bench.slow else cuts[:2])
     check_aux(judge, bench.subject())
     return judge.outcome
 
 
 def check_cuts(judge: Judge, subject: Subject, cuts: list[tuple[int, ...]]) -> None:
-    """Against `state=None` for outputs, and against one call with a state for the state."""
+    """Outputs against `state=None` on the whole, final states against that of the first cut."""
     dtype, valid = subject.dtypes.compute, subject.layout.valid
     outputs, _ = subject.run(None)
-    whole, state = subject.run((subject.length,))
-    judge.close(f"{dtype}, one call, with a state or without", whole, outputs, dtype, where=valid)
-    live = subject.live(state)
+    state = None
     for cut in cuts:
         case = f"{dtype}, calls of {list(cut)} tokens"
         y, after = subject.run(cut)
         judge.close(case, y, outputs, dtype, where=valid)
-        judge.close(case + ", final state", subject.live(after), live, dtype)
+        live = subject.live(after)
+        state = live if state is None else state
+        judge.close(case + ", final state", live, state, dtype)
 
 
 def check_aux(judge: Judge, subject: Subject) -> None:
