@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from memtrain.data.config import RecallTask
-from memtrain.data.recall import recall_examples
+from memtrain.data.recall import RecallExamples, line_bytes, recall_examples
 from memtrain.data.tokenizer import Tokenizer
 from memtrain.decode.engine import Engine
 from memtrain.decode.sampling import Sampling, sample
 from memtrain.evaluate.subject import HeldOut, Subject
 
 
-CHUNK, ROWS = 16, 4
+DISTANCES = (1, 2, 4, 7)
+"""Of the questions, in eighths of the longest that a row has room for."""
+CHUNK = 16
 """Prompts are read and answered in calls of one size: a single program for each setting."""
 
 
-def answer_engine(subject: Subject, without: str | None) -> Engine:
-    return subject.engine(without=() if without is None else (without,), batch=ROWS, chunk=CHUNK)
+def answer_engine(subject: Subject, without: Sequence[str]) -> Engine:
+    """What `greedy` and `draw_sample` take."""
+    return subject.engine(without=without, batch=len(DISTANCES), chunk=CHUNK)
 
 
 @dataclass(frozen=True)
@@ -36,42 +39,34 @@ class Answered:
     answers: dict[str, str]
 
 
-def answer_prompts(
-    subject: Subject, task: RecallTask, held_out: HeldOut, engines: Mapping[str, Engine]
-) -> list[Answered]:
-    """One question at each of a few distances, the first to be drawn, answered greedily.
-
-    engines: an `answer_engine` for each setting.
-    """
-    length = subject.experiment.train.seq_len
-    prompt_len = length - task.value_len
-    longest = prompt_len - (task.num_facts + 1) * (task.name_len + task.value_len + 3)
-    distances = [max(16, longest * part // 8) for part in (1, 2, 4, 7)]
-    examples = recall_examples(
+def draw_prompts(subject: Subject, task: RecallTask, held_out: HeldOut) -> RecallExamples:
+    """One question at each of a few distances, the first to be drawn, in rows as in training."""
+    prompt_len = subject.experiment.train.seq_len - task.value_len
+    longest = prompt_len - (task.num_facts + 1) * line_bytes(task)
+    return recall_examples(
         task,
         held_out.tokenizer,
         held_out.documents,
-        distances=distances,
+        distances=[max(16, longest * part // 8) for part in DISTANCES],
         examples_per_distance=1,
         prompt_len=prompt_len,
         seed=1,
     )
-    count = examples.answers.shape[1]
-    said = {
-        name: greedy(engine, examples.prompts, count, held_out.tokenizer)
-        for name, engine in engines.items()
-    }
+
+
+def answered(
+    examples: RecallExamples, said: Mapping[str, Sequence[str]], tokenizer: Tokenizer
+) -> list[Answered]:
+    """The questions with what was said in each setting."""
     return [
         Answered(
-            prompt=held_out.tokenizer.decode(prompt),
-            fact=fact,
-            distance=int(distance),
-            wanted=held_out.tokenizer.decode(wanted[wanted >= 0]),
+            prompt=tokenizer.decode(examples.prompts[row]),
+            fact=examples.facts[row],
+            distance=int(examples.distances[row]),
+            wanted=tokenizer.decode(examples.answers[row][examples.answers[row] >= 0]),
             answers={name: answers[row] for name, answers in said.items()},
         )
-        for row, (prompt, fact, distance, wanted) in enumerate(
-            zip(examples.prompts, examples.facts, examples.distances, examples.answers, strict=True)
-        )
+        for row in range(len(examples.facts))
     ]
 
 
@@ -113,16 +108,13 @@ def draw_sample(
     document = next((d for d, n in enumerate(lengths) if n >= prompt_len), int(np.argmax(lengths)))
     prompt = held_out.tokens(document)[:prompt_len]
     sampling = Sampling(temperature=temperature)
-    draw = jax.jit(
-        lambda logits, step: sample(
-            logits, np.int32(seed), step, sampling, num_tokens=held_out.tokenizer.vocab_size
-        )
-    )
+    num_ids = held_out.tokenizer.vocab_size
+    draw = jax.jit(lambda *arrays: sample(*arrays, sampling, num_tokens=num_ids))
     engine.reset()
     logits = engine.prefill(np.tile(prompt, (engine.batch, 1)))
     tokens = []
     for step in range(min(num_tokens, subject.context - len(prompt))):
-        drawn = np.asarray(draw(logits, np.int32(step)))
+        drawn = np.asarray(draw(logits, np.int32(seed), np.int32(step)))
         tokens.append(int(drawn[0]))
         # As a chunk of one token: the program is there already.
         logits = engine.prefill(drawn[:, None])

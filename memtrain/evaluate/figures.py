@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MARKERS = "osD^vPX"
+MIN_SHARE = 0.005
+"""Kinds of tokens rarer than this are too few to be drawn; the numbers have them."""
+
 Line = Mapping[str, Any]
 """One line of metrics.jsonl."""
 
@@ -136,7 +140,18 @@ def _distance_panel(panel: Axes, measured: Measured) -> None:
             alpha=0.15,
             linewidth=0,
         )
-        panel.plot(x, y, color=colour, marker="o", markersize=5)
+        # Lines may lie on each other: shapes tell them apart, and the whole model is on top.
+        panel.plot(
+            x,
+            y,
+            color=colour,
+            marker=MARKERS[measured.settings.index(name) % len(MARKERS)],
+            markersize=6,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            zorder=4 if name == ALL else 3,
+            linewidth=1.6 if name == ALL else 2.6,
+        )
         ends.append((x[-1], float(y[-1]), title_of(name), colour))
         right = max(right, x[-1])
     panel.axhline(measured.chance, color=FIRST, linestyle=":", linewidth=1.6)
@@ -164,7 +179,8 @@ def _middle(row: Mapping[str, Any]) -> float:
 def _kinds_panel(panel: Axes, measured: Measured) -> None:
     """Bits per byte by kind of token, with the table and without it."""
     (without, *_) = measured.table_memories
-    rows = sorted(measured.kinds, key=lambda row: row[without] - row[ALL])
+    rows = [row for row in measured.kinds if row["share"] >= MIN_SHARE]
+    rows.sort(key=lambda row: row[without] - row[ALL])
     y = np.arange(len(rows))
     on, off = ([row[name] for row in rows] for name in (ALL, without))
     colour = colour_of(measured.settings, without)

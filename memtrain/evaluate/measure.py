@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 
 from memtrain.data.pipeline import TextPipeline
+from memtrain.data.recall import RecallExamples
+from memtrain.decode.engine import Engine
 from memtrain.errors import BadInput
 from memtrain.evaluate import bits, kinds, mqar, recall, slots
 from memtrain.evaluate.answers import (
     Answered,
     Sample,
     answer_engine,
-    answer_prompts,
+    answered,
+    draw_prompts,
     draw_sample,
+    greedy,
 )
 from memtrain.evaluate.baselines import MAX_TRAIN_BYTES, MarkovModels, xz_bits_per_byte
 from memtrain.evaluate.reread import Reread, reread, reread_pieces
@@ -70,7 +75,6 @@ class Measured:
     baselines: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What could not be measured, and why."""
-    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def table_memories(self) -> list[str]:
@@ -82,8 +86,6 @@ def measure(
     subject: Subject, *, budget: Budget, say: Callable[[str], None] = lambda line: None
 ) -> Measured:
     """Measures a model. What its text or tokenizer does not allow is left out and noted."""
-    import jax
-
     labels = list(subject.memories)
     measured = Measured(
         subject,
@@ -99,76 +101,130 @@ def measure(
         held_out = subject.held_out()
         say(f"measuring {len(measured.settings)} settings on {len(held_out)} held-out files")
         _measure_text(measured, held_out, budget)
-        with _timed(measured, "baselines"):
-            _measure_baselines(measured, held_out, budget)
+        _measure_baselines(measured, held_out, budget)
     return measured
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What every setting is given to read."""
+
+    held_out: HeldOut
+    pieces: bits.Pieces
+    bytes_per_token: float
+    twice: np.ndarray | None = None
+    near: recall.Questions | None = None
+    far: recall.Questions | None = None
+    prompts: RecallExamples | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one setting gave."""
+
+    nll: np.ndarray
+    reread: Reread | None
+    distance: list[dict[str, Any]]
+    answers: list[str] | None
+    sample: Sample | None
 
 
 def _measure_text(measured: Measured, held_out: HeldOut, budget: Budget) -> None:
     subject = measured.subject
-    context, seq_len = subject.context, subject.experiment.train.seq_len
-    pieces = bits.cut_pieces(held_out, context, budget.bits)
-    per_token = bits.bytes_per_token(pieces, held_out)
+    material = _prepare(measured, held_out, budget)
+    pieces, per_token = material.pieces, material.bytes_per_token
     measured.tokens_scored = pieces.num_targets
     measured.bytes_scored = round(per_token * pieces.num_targets)
-    twice, near, far, task = None, None, None, None
+
+    # Most of the time goes into compiling, each program on one core: two settings side by side.
+    with ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(slots.record_reads, subject, pieces, budget.slots)
+        found = dict(
+            zip(
+                measured.settings,
+                pool.map(
+                    lambda name: _measure_setting(subject, name, material, budget),
+                    measured.settings,
+                ),
+                strict=True,
+            )
+        )
+    for name, one in found.items():
+        measured.bits[name] = bits.mean_bits(one.nll, pieces.valid, per_token)
+        measured.by_position[name] = bits.bits_by_position(one.nll, pieces.valid, per_token)
+        if one.reread is not None:
+            measured.reread[name] = one.reread
+        if one.distance:
+            measured.distance[name] = one.distance
+    for reads in reading.result():
+        top, specific = slots.most_read(reads, pieces, held_out.tokenizer)
+        measured.tables.append((reads, top, specific))
+    if measured.table_memories:
+        title, kind_names, of_target = kinds.kinds_of(held_out, pieces)
+        names = (ALL, *measured.table_memories)
+        measured.kinds_title = title
+        measured.kinds = kinds.bits_by_kind(
+            {name: found[name].nll for name in names}, of_target, kind_names, per_token
+        )
+    if material.prompts is not None:
+        said = {name: one.answers for name, one in found.items() if one.answers is not None}
+        measured.answers = answered(material.prompts, said, held_out.tokenizer)
+    measured.sample = found[ALL].sample
+
+
+def _prepare(measured: Measured, held_out: HeldOut, budget: Budget) -> _Material:
+    """Draws what is read. What the text does not allow is noted and left out."""
+    subject = measured.subject
+    context, seq_len = subject.context, subject.experiment.train.seq_len
+    pieces = bits.cut_pieces(held_out, context, budget.bits)
+    drawn: dict[str, Any] = {}
     with _noted(measured, "reading twice"):
         count = max(1, budget.reread // context)
-        twice = reread_pieces(held_out, context, count)
+        drawn["twice"] = reread_pieces(held_out, context, count)
     with _noted(measured, "recall"):
         task = recall.task_of(subject)
-        near = recall.make_questions(
-            task, held_out, length=seq_len, num_rows=max(8, budget.recall // seq_len)
-        )
         measured.chance = float(recall.LETTERS) ** -task.value_len
         measured.trained_on_recall = subject.experiment.data.recall is not None
-        # Beyond what was trained on only distances count that no row of training had.
-        far = recall.make_questions(
+        drawn["near"] = recall.make_questions(
+            task, held_out, length=seq_len, num_rows=max(8, budget.recall // seq_len)
+        )
+        drawn["prompts"] = draw_prompts(subject, task, held_out)
+        drawn["far"] = recall.make_questions(
             task,
             held_out,
             length=2 * seq_len,
             num_rows=max(8, budget.recall_beyond // (2 * seq_len)),
         )
-
-    losses = {}
-    for name in measured.settings:
-        with _timed(measured, name):
-            # One engine for all that a setting is asked: programs are compiled once.
-            capacity = max(context, 2 * seq_len)
-            engine = subject.engine(without=() if name == ALL else (name,), capacity=capacity)
-            losses[name] = bits.piece_losses(engine, pieces)
-            measured.bits[name] = bits.mean_bits(losses[name], pieces.valid, per_token)
-            measured.by_position[name] = bits.bits_by_position(
-                losses[name], pieces.valid, per_token
-            )
-            if twice is not None:
-                measured.reread[name] = reread(engine, twice, per_token)
-            if near is not None:
-                measured.distance[name] = _recall(engine, near, far, seq_len)
-
-    names = [name for name in (ALL, *measured.table_memories) if name in losses]
-    if len(names) > 1:
-        title, kind_names, of_target = kinds.kinds_of(held_out, pieces)
-        measured.kinds_title = title
-        measured.kinds = kinds.bits_by_kind(
-            {name: losses[name] for name in names}, of_target, kind_names, per_token
-        )
-    with _timed(measured, "slots"):
-        for reads in slots.record_reads(subject, pieces, budget.slots):
-            top, specific = slots.most_read(reads, pieces, held_out.tokenizer)
-            measured.tables.append((reads, top, specific))
-    with _timed(measured, "answers"):
-        engines = {
-            name: answer_engine(subject, None if name == ALL else name)
-            for name in (measured.settings if task is not None else [ALL])
-        }
-        if task is not None:
-            with _noted(measured, "answering prompts"):
-                measured.answers = answer_prompts(subject, task, held_out, engines)
-        measured.sample = draw_sample(subject, engines[ALL], held_out, num_tokens=budget.sample)
+    return _Material(held_out, pieces, bits.bytes_per_token(pieces, held_out), **drawn)
 
 
-def _recall(engine, near, far, seq_len: int) -> list[dict[str, Any]]:
+def _measure_setting(subject: Subject, name: str, material: _Material, budget: Budget) -> _Found:
+    without = () if name == ALL else (name,)
+    seq_len = subject.experiment.train.seq_len
+    # One engine for all that is scored: programs are compiled once.
+    engine = subject.engine(without=without, capacity=max(subject.context, 2 * seq_len))
+    nll = bits.piece_losses(engine, material.pieces)
+    twice, distance = None, []
+    if material.twice is not None:
+        twice = reread(engine, material.twice, material.bytes_per_token)
+    if material.near is not None:
+        distance = _recall(engine, material.near, material.far, seq_len)
+    answers, sample = None, None
+    if material.prompts is not None or name == ALL:
+        engine = answer_engine(subject, without)
+        if material.prompts is not None:
+            prompts, count = material.prompts.prompts, material.prompts.answers.shape[1]
+            answers = greedy(engine, prompts, count, material.held_out.tokenizer)
+        if name == ALL:
+            sample = draw_sample(subject, engine, material.held_out, num_tokens=budget.sample)
+    return _Found(nll, twice, distance, answers, sample)
+
+
+def _recall(
+    engine: Engine, near: recall.Questions, far: recall.Questions | None, seq_len: int
+) -> list[dict[str, Any]]:
+    """Accuracy by distance. Of `far`, whose rows are twice as long as in training, only distances
+    count that no row of training had."""
     right, share = recall.answer(engine, near)
     rows = recall.accuracy_by_distance(right, share, near.distance, seq_len)
     if far is not None:
@@ -188,10 +244,9 @@ def _measure_mqar(measured: Measured, budget: Budget) -> None:
     measured.chance = 2 / task.vocab_size
     measured.tokens_scored = int((questions.distances > 0).sum())
     for name in measured.settings:
-        with _timed(measured, name):
-            engine = subject.engine(without=() if name == ALL else (name,))
-            right = mqar.answer_mqar(engine, questions)
-            measured.distance[name] = mqar.mqar_accuracy(right, questions)
+        engine = subject.engine(without=() if name == ALL else (name,))
+        right = mqar.answer_mqar(engine, questions)
+        measured.distance[name] = mqar.mqar_accuracy(right, questions)
 
 
 def _measure_baselines(measured: Measured, held_out: HeldOut, budget: Budget) -> None:
@@ -276,12 +331,3 @@ def _noted(measured: Measured, what: str) -> Iterator[None]:
         yield
     except BadInput as error:
         measured.notes.append(f"{what} was left out: {error}")
-
-
-@contextmanager
-def _timed(measured: Measured, what: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    try:
-        yield
-    finally:
-        measured.seconds[what] = time.perf_counter() - begin

@@ -23,7 +23,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#0
 """Okabe and Ito (2008), the yellow darkened so that it can be read on white."""
 DPI = 140
 
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 11,
     "axes.titlesize": 12.5,
@@ -109,7 +109,7 @@ def label_lines(axes: Axes, lines: Sequence[tuple[float, float, str, str]]) -> N
     """
     low, high = axes.get_ylim()
     order = sorted(range(len(lines)), key=lambda i: lines[i][1])
-    places = spread([lines[i][1] for i in order], 0.075 * (high - low), high)
+    places = spread([lines[i][1] for i in order], 0.075 * (high - low), low, high)
     for i, y in zip(order, places, strict=True):
         x, _, text, colour = lines[i]
         axes.annotate(
@@ -124,10 +124,11 @@ def label_lines(axes: Axes, lines: Sequence[tuple[float, float, str, str]]) -> N
         )
 
 
-def spread(wanted: Sequence[float], gap: float, high: float) -> list[float]:
-    """Places at least `gap` apart and at most `high`, near to the wanted ones, which ascend.
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places `gap` apart from each other or more, near to the wanted ones, which ascend.
 
-    Neighbours that would overlap become a group around the mean of what its members want.
+    Neighbours that would overlap become a group around the mean of what its members want. All are
+    between `low` and `high` as long as they find room there.
     """
     groups: list[list[float]] = []
     for place in wanted:
@@ -137,8 +138,11 @@ def spread(wanted: Sequence[float], gap: float, high: float) -> list[float]:
             groups[-1] += last
     places = []
     for group in groups:
-        shift = max(0.0, _top(group, gap) - high)
-        places += [_bottom(group, gap) - shift + i * gap for i in range(len(group))]
+        places += [_bottom(group, gap) + i * gap for i in range(len(group))]
+    for i, place in enumerate(places):
+        places[i] = max(place, low + i * gap)
+    for i in range(len(places)):
+        places[-1 - i] = min(places[-1 - i], high - i * gap)
     return places
 
 

@@ -184,7 +184,7 @@ class Attention(Memory):
         )
 
     def _append(self, state: State, k, v, documents, ctx: Context) -> State:
-        """The full cache: tokens go to the next free slots; past the end they only set `overflow`."""
+        """The full cache: tokens take the next free slots; past the end they set `overflow`."""
         slots = state["key"].shape[1]
         rank = jnp.cumsum(ctx.valid, axis=1, dtype=jnp.int32) - 1
         slot = jnp.where(ctx.valid, state["length"][:, None] + rank, slots)

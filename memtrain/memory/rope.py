@@ -4,6 +4,8 @@ In float32, position times frequency is wrong by 0.015 rad at a million tokens. 
 a 64-bit fixed-point fraction of a turn, and the product is taken modulo one turn in integers.
 """
 
+from decimal import Context as DecimalContext
+from decimal import Decimal, localcontext
 from functools import lru_cache
 
 import jax.numpy as jnp
@@ -11,14 +13,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 
+_PI = Decimal("3.14159265358979323846264338327950288419716939937511")
+
+
 @lru_cache(maxsize=32)
 def _turns_per_token(half_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
     """High and low 32 bits of frequency / 2 pi, as fractions of a turn."""
-    exponent = np.arange(half_dim, dtype=np.longdouble) / half_dim
-    turns = np.longdouble(theta) ** -exponent / (2 * np.longdouble(np.pi))
-    high = np.floor(turns * 2**32)
-    low = np.floor((turns * 2**32 - high) * 2**32)
-    return high.astype(np.uint32), low.astype(np.uint32)
+    # Decimals, since a long double has 53 bits on some machines.
+    with localcontext(DecimalContext(prec=50)):
+        turns = [Decimal(theta) ** (-Decimal(i) / half_dim) / (2 * _PI) for i in range(half_dim)]
+        fixed = np.array([int(turn * 2**64) % 2**64 for turn in turns], np.uint64)
+    return (fixed >> np.uint64(32)).astype(np.uint32), fixed.astype(np.uint32)
 
 
 def rope_phases(

@@ -14,6 +14,9 @@ from memtrain.data.config import DataConfig, MqarTask, RecallTask
 from memtrain.evaluate.subject import Subject
 from memtrain.layers import Attention, Block, ModelConfig, ProductKeyMemory, SwiGLU
 from memtrain.memory.protocol import Context
+from memtrain.model.parameters import Skeleton
+from memtrain.train import records
+from memtrain.train.checkpoint import CheckpointStore
 from memtrain.train.config import OptimizerConfig, TrainConfig
 from memtrain.train.load import load_model
 from memtrain.train.run import train
@@ -79,13 +82,19 @@ def mqar_run(tmp_path_factory, cache) -> Path:
         model=ModelConfig(
             dim=16, pattern=(Block(mixer=Attention(num_heads=2), ffn=SwiGLU(hidden=16)),)
         ),
-        data=DataConfig(
-            mqar=MqarTask(vocab_size=64, num_pairs=2, num_train=64, num_validation=20)
-        ),
-        train=TrainConfig(num_steps=2, batch_size=4, seq_len=16, evaluate_batches=1),
+        data=DataConfig(mqar=MqarTask(vocab_size=64, num_pairs=2, num_train=64, num_validation=20)),
+        train=TrainConfig(num_steps=2, batch_size=4, seq_len=16),
     )
-    train(experiment, folder, progress=lambda line: None)
+    write_run(folder, experiment, vocab_size=64)
     return folder
+
+
+def write_run(folder: Path, experiment: Experiment, vocab_size: int) -> None:
+    """A run as it is after its first step, had that step learned nothing."""
+    parameters = Skeleton.of(experiment.model, vocab_size).init(jax.random.key(0))
+    records.write_records(folder, experiment, recipe="", fingerprint={})
+    with CheckpointStore(folder / records.CHECKPOINTS) as store:
+        store.save(1, {"parameters": parameters}, {"vocab_size": vocab_size}, wait=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Bits per byte through the cache, against a whole forward pass without any."""
 
+import itertools
 import math
 
 import numpy as np
@@ -59,14 +60,13 @@ def test_without_a_memory(run, corpus, subject, nats):
     assert abs(found["bits_per_byte"] - np.concatenate(nats).mean() / math.log(2)) > 1e-3
 
 
+@pytest.mark.full
 def test_an_artifact_measures_like_its_run(run, tmp_path, nats):
     loaded = load_model(run)
     assert loaded.tokenizer is not None
     out = tmp_path / "model.mtx"
     created = {"run": "tiny", "step": loaded.step}
-    export_model(
-        loaded.model, loaded.experiment, loaded.tokenizer, out, created, programs=False
-    )
+    export_model(loaded.model, loaded.experiment, loaded.tokenizer, out, created, programs=False)
     found = evaluate(out, task="bpb")
     assert found["bits_per_byte"] == pytest.approx(
         np.concatenate(nats).mean() / math.log(2), rel=1e-5
@@ -119,4 +119,4 @@ def test_reading_twice(run, subject):
 def test_position_edges_ascend_to_the_length(length):
     edges = bits.position_edges(length)
     assert edges[0] == 0 and edges[-1] == length
-    assert all(a < b for a, b in zip(edges[:-1], edges[1:], strict=True))
+    assert all(a < b for a, b in itertools.pairwise(edges))

@@ -22,7 +22,7 @@ def test_every_answer_was_told_at_its_distance(questions):
     """Read off the text itself by a regular expression."""
     wanted = []
     for row in range(24):
-        text = bytes(questions.tokens[row].tolist() + [int(questions.targets[row, -1])])
+        text = bytes([*questions.tokens[row].tolist(), int(questions.targets[row, -1])])
         places: dict[bytes, list[int]] = {}
         for found in re.finditer(rb"@([a-z]{2})=([A-Z]{3})\n", text):
             places.setdefault(found[0], []).append(found.start(2))

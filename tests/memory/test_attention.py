@@ -1,5 +1,7 @@
 """Attention against a dense loop in float64, and its cache slot by slot."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,9 +191,8 @@ def test_past_the_capacity_nothing_is_overwritten(name):
     assert past["overflow"].all()
     for leaf in ("key", "value", "position", "document"):
         np.testing.assert_array_equal(past[leaf], full[leaf])
-    _, padded, _ = memory(
-        x[:, :1], past, Context(ctx.positions[:, :1], ctx.starts[:, :1], np.zeros((1, 1), bool))
-    )
+    nothing = dataclasses.replace(ctx.window(0, 1), valid=np.zeros((1, 1), bool))  # type: ignore[arg-type]
+    _, padded, _ = call(memory, x[:, :1], past, nothing)
     assert padded["overflow"].all()
     emptied = compiled(lambda m, s: m.reset(s, jnp.asarray([True]), capacity))(memory, past)
     assert not emptied["overflow"].any() and (emptied["document"] == -1).all()
@@ -203,15 +204,12 @@ def test_rollback_restores_the_bits_and_the_document():
     x = np.random.default_rng(0).normal(size=(1, T, DIM)).astype(np.float32)
     _, before, _ = call(memory, x[:, :3], init(memory, 1, T), ctx.window(0, 3))
     _, after, _ = call(memory, x[:, 3:8], before, ctx.window(3, 8))
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        compiled(lambda m, s: m.rollback(s, 5))(memory, after),
-        before,
-    )
-    empty = compiled(lambda m, s: m.rollback(s, 8))(memory, after)
-    jax.tree.map(np.testing.assert_array_equal, empty, init(memory, 1, T))
+    for tokens, want in ((5, before), (8, init(memory, 1, T))):
+        back = compiled(lambda m, s, n=tokens: m.rollback(s, n))(memory, after)
+        jax.tree.map(np.testing.assert_array_equal, back, want)
+    window = build(CONFIGS["window"])
     with pytest.raises(ValueError, match="ring buffer has overwritten"):
-        build(CONFIGS["window"]).rollback(build(CONFIGS["window"]).init_state(1, T), 1)
+        window.rollback(init(window, 1, T), 1)
 
 
 def test_the_cache_is_in_the_state_dtype_whatever_the_activations():

@@ -71,7 +71,9 @@ def our_step(options: Options, batch, matmul: str):
 def main() -> None:
     options = tyro.cli(Options)
     from memtrain.data.batch import Batch
+    from memtrain.runtime import prepare
 
+    prepare()  # as every command does; what it sets for the allocator serves PyTorch too
     B, T = options.batch_size, options.seq_len
     text = Path(np.__file__).with_name("matlib.py").read_bytes() * 100
     rows = np.frombuffer(text[: B * (T + 1)], np.uint8).reshape(B, T + 1).astype(np.int32)

@@ -18,12 +18,12 @@ import numpy as np
 from memtrain_kernels.attention.spec import AttentionSpec
 
 
-# One tile of this many scores a head and row of the batch is cheaper than any loop over smaller
-# ones: decoding, short sequences, prefill chunks.
+# Measured on CPU, where this backend is the one in use: tiles small enough to stay in the cache.
+_BLOCK = 128
+_BLOCK_LONG = 256
+_LONG = 1024
+# One tile of this many scores a head and row is cheaper than several: decoding, prefill chunks.
 _ONE_TILE = 128 * 2048
-_BLOCK_ROWS = 128
-_BLOCK_KV = 128
-_BLOCK_LOOPED = 512
 # Tiles beyond this many are looped over: the program's size must not grow with the sequence.
 _MAX_UNROLLED = 64
 
@@ -104,17 +104,14 @@ def make_plan(
     by_index = by_default or spec.ordered
 
     def plan(block_q: int, block_kv: int) -> Plan:
-        # Not longer than the sequence, and not ragged by more than rounding.
-        block_q, block_kv = min(spec.block_q or block_q, T), min(spec.block_kv or block_kv, S)
-        return Plan(T, S, block_q, block_kv, by_default, by_index, data, spec)
+        block_q, block_kv = spec.block_q or block_q, spec.block_kv or block_kv
+        return Plan(T, S, min(block_q, T), min(block_kv, S), by_default, by_index, data, spec)
 
-    if T == 1 or (T * S <= _ONE_TILE and T <= _BLOCK_ROWS):
+    if T == 1 or (T <= _BLOCK and T * S <= _ONE_TILE):
         return plan(T, S)
-    rows = max(16, _BLOCK_ROWS // group)
-    small = plan(rows, _BLOCK_KV)
-    if small.unrolled:
-        return small
-    return plan(max(16, _BLOCK_LOOPED // group), _BLOCK_LOOPED)
+    block = _BLOCK if max(T, S) <= _LONG else _BLOCK_LONG
+    # Rows of a tile are queries times group; fewer queries keep its size.
+    return plan(max(16, block // group), block)
 
 
 class Summary(NamedTuple):

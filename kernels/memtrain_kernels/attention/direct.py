@@ -1,9 +1,9 @@
 """A few queries against a cache as it lies: the forward pass of decoding, without a loop or a copy.
 
 The other forms bring keys and values to [B, K, S, D] first, which for one query costs several times
-the attention itself. Here heads and dims of the cache stay one axis, [B, S, K * D], and each query
-is padded with zeros outside its own head's dims: K times the arithmetic on a product that waits for
-memory anyway.
+the attention itself. Here heads and dims of the cache are one axis, [B, S, K * D], and each query
+is padded with zeros for the other heads: K times the arithmetic on a product that waits for memory
+anyway.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ _MAX_KV_HEADS = 16
 
 
 def serves(plan: Plan, num_kv_heads: int, group: int) -> bool:
-    """Whether this form is the cheapest: one tile, few rows a key head, few key heads."""
+    """Whether this form is the cheapest: one tile, few rows a key head, few key heads.
+
+    One device, too: where heads are sharded over several, joining them with dims gathers the cache.
+    """
     one_tile = plan.num_q * plan.num_kv == 1
-    return one_tile and plan.T * group <= _MAX_ROWS and num_kv_heads <= _MAX_KV_HEADS
+    few = plan.T * group <= _MAX_ROWS and num_kv_heads <= _MAX_KV_HEADS
+    return one_tile and few and jax.device_count() == 1
 
 
 def forward(
@@ -37,18 +41,18 @@ def forward(
     """o [B, T, H, E] and lse [B, T, H]."""
     B, T, H, D = q_BTHD.shape
     S, K, E = v_BSKE.shape[1:]
-    q_BTKGD = q_BTHD.reshape(B, T, K, H // K, D)
-    own_head_K1K1 = jnp.eye(K, dtype=q_BTHD.dtype)[:, None, :, None]
-    q_BTHX = (q_BTKGD[:, :, :, :, None] * own_head_K1K1).reshape(B, T, H, K * D)
+    G = H // K
+    own_K1K1 = jnp.eye(K, dtype=bool)[:, None, :, None]
+    q_BTKGKD = jnp.where(own_K1K1, q_BTHD.reshape(B, T, K, G, 1, D), 0)
+    q_BTHX = q_BTKGKD.reshape(B, T, H, K * D)
     s_BTHS = tiles.product("bthx,bsx->bths", q_BTHX, k_BSKD.reshape(B, S, K * D))
     s_BTHS = tiles.cap(plan.spec, scaling, s_BTHS)
     s_BTHS = jnp.minimum(s_BTHS, tiles.ceiling(plan.spec, tokens, s_BTHS.dtype)[:, :, None])
     m_BTH1 = jnp.max(s_BTHS, axis=-1, keepdims=True)
     p_BTHS = jnp.exp(s_BTHS - tiles.finite(m_BTH1))
     l_BTH1 = jnp.maximum(jnp.sum(p_BTHS, axis=-1, keepdims=True), 1)  # as in tiles.finish
-    o_BTHX = tiles.product(
-        "bths,bsx->bthx", p_BTHS.astype(v_BSKE.dtype), v_BSKE.reshape(B, S, K * E)
-    )
-    o_BTKGKE = (o_BTHX / l_BTH1).reshape(B, T, K, H // K, K, E)
-    o_BTKGE = jnp.stack([o_BTKGKE[:, :, n, :, n] for n in range(K)], axis=2)
-    return o_BTKGE.reshape(B, T, H, E), (m_BTH1 + jnp.log(l_BTH1))[..., 0]
+    v_BSX = v_BSKE.reshape(B, S, K * E)
+    o_BTHX = tiles.product("bths,bsx->bthx", p_BTHS.astype(v_BSX.dtype), v_BSX)
+    o_BTKGKE = o_BTHX.reshape(B, T, K, G, K, E)
+    o_BTHE = jnp.sum(jnp.where(own_K1K1, o_BTKGKE, 0), axis=4).reshape(B, T, H, E)
+    return o_BTHE / l_BTH1, (m_BTH1 + jnp.log(l_BTH1))[..., 0]

@@ -64,13 +64,14 @@ def _check_capacity(judge: Judge, subject: Subject) -> None:
         for path, leaf in jax.tree_util.tree_flatten_with_path(spec, is_leaf=is_leaf_spec)[0]
         if leaf.growth != "fixed"
     }
-    _, full = subject.run((subject.length,))
-    # Rows without padding end exactly at the capacity; eight tokens more are too many for them.
+    # Rows that are valid throughout end exactly at the capacity; eight tokens more are too many.
     x, ctx, valid = subject.x, subject.ctx, subject.layout.valid
-    _, full = subject.run((3,), x[:, :3], ctx.window(0, 3), full)
-    _, past = subject.run((8,), x[:, :8], ctx.window(0, 8), full)
+    full, written = subject.init(), np.zeros(len(valid), int)
+    for n in (8,) * (subject.capacity // 8) + (1,) * (subject.capacity % 8):
+        _, full = subject.run((n,), x[:, :n], ctx.window(0, n), full)
+        written += valid[:, :n].sum(1)
+    _, past = subject.run((8,), x[:, :8] + 1, ctx.window(0, 8), full)
     _, later = subject.run((1,), x[:, :1], _nothing(ctx), past)
-    written = valid.sum(1) + valid[:, :3].sum(1)
     at_capacity = written == subject.capacity
     too_many = written + valid[:, :8].sum(1) > subject.capacity
     before, after, last = named_leaves(full), named_leaves(past), named_leaves(later)

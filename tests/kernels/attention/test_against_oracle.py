@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtrain_kernels import AttentionSpec, attention
-from memtrain_kernels.attention import blocks
+from memtrain_kernels.attention import blocks, direct
 
 
 class Shape(NamedTuple):
@@ -162,6 +162,17 @@ CASES = {
     "decode": (AttentionSpec(window=9), Shape(T=1, S=19), {"layout": "shuffled", "sink": True}),
     "one token": (AttentionSpec(), Shape(T=1, S=1, H=1, K=1), {"prior": True}),
 }
+
+
+@pytest.mark.parametrize("options", [{}, {"sink": True, "prior": True}])
+@pytest.mark.parametrize("shape", [Shape(T=1, S=19, E=5), Shape(T=2, S=16, H=4, K=1)])
+def test_decoding_on_one_device_agrees_with_the_oracle(shape, options, monkeypatch):
+    monkeypatch.setattr(direct.jax, "device_count", lambda: 1)
+    ran = []
+    forward = direct.forward
+    monkeypatch.setattr(direct, "forward", lambda *a: ran.append(1) or forward(*a))
+    check(AttentionSpec(window=9, soft_cap=3.0), shape, layout="shuffled", **options)
+    assert ran
 
 
 @pytest.mark.parametrize("form", ["unrolled", "looped"])
