@@ -23,8 +23,7 @@ class BadInput(MemtrainError, ValueError):
 
 
 class CheckpointError(BadInput):
-    """No candidate checkpoint is valid, or one does not fit the run that asks for it. Exit code 2.
-    """
+    """No checkpoint is valid, or one does not fit the run that asks for it. Exit code 2."""
 
 
 class ArtifactError(BadInput):

@@ -22,7 +22,13 @@ from memtrain.data.batch import Batch, padded_row, stack_rows
 from memtrain.data.config import RecallTask
 from memtrain.data.corpus import Documents
 from memtrain.data.rows import Stream
-from memtrain.data.seeded import derive, distinct_integers, random_integers, random_uniform
+from memtrain.data.seeded import (
+    derive,
+    distinct_integers,
+    random_bits,
+    random_integers,
+    random_uniform,
+)
 from memtrain.data.tokenizer import Tokenizer
 from memtrain.errors import BadInput
 
@@ -153,14 +159,16 @@ class RecallRows:
         slots = _line_begins(text, self._tokenizer)
         count = task.num_facts + task.num_queries
         places = slots[random_integers(derive(key, "places"), count, len(slots))]
+        ties = random_bits(derive(key, "ties"), count).tolist()
         lines = []
         for fact, times in zip(facts, times_asked, strict=True):
             own, places = np.sort(places[: 1 + times]).tolist(), places[1 + times :]
-            lines += [(place, turn, fact) for turn, place in enumerate(own)]
+            lines += [(place, turn, ties.pop(), fact) for turn, place in enumerate(own)]
         tokens, weights, at = [], [], 0
         text_weights = np.where(offsets == 0, 0.0, float(task.count_text)).astype(np.float32)
-        # Telling goes before asking where they share a place.
-        for place, turn, fact in sorted(lines, key=lambda line: line[:2]):
+        # Where lines share a place, telling goes before asking, and the order is not that of the
+        # facts: a model could learn to count lines back instead of looking for the name.
+        for place, turn, _, fact in sorted(lines, key=lambda line: line[:3]):
             answer_weight = task.answer_weight if turn else 0.0
             tokens += [text[at:place], fact.tokens]
             weights += [text_weights[at:place], fact.weights(answer_weight)]

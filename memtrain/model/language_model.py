@@ -39,8 +39,7 @@ def full_pattern(config: ModelConfig) -> tuple[BlockConfig, ...]:
 
 
 def table_specs(pattern: Sequence[BlockConfig]) -> dict[str, TableSpec]:
-    """The tables that the pattern's layers name. Two layers that name one must agree on its shape.
-    """
+    """The tables that the pattern's layers name. Layers that share one must agree on its shape."""
     found: dict[str, TableSpec] = {}
     for block in pattern:
         for layer in (block.mixer, block.ffn):

@@ -26,10 +26,7 @@ def initialise_from(
     if not path.exists():
         raise BadInput(f"train.init_from={source}: no such run or artifact")
     wanted = plan.skeleton.shapes
-    if (path / "manifest.json").exists():
-        found = _from_artifact(path)
-    else:
-        found = _from_run(path, plan)
+    found = _from_artifact(path) if (path / "manifest.json").exists() else _from_run(path, plan)
     fits = {
         name: array
         for name, array in found.items()

@@ -12,8 +12,7 @@ from memtrain.errors import BadInput
 
 
 class Profiler:
-    """Traces steps `first` to `last` (0-based, inclusive) into RUN/profile, for XProf or Perfetto.
-    """
+    """Traces steps `first` to `last` (from 0, both) into RUN/profile, for XProf or Perfetto."""
 
     def __init__(self, run_dir: Path, steps: tuple[int, int] | None):
         if steps is not None and not 0 <= steps[0] <= steps[1]:

@@ -295,8 +295,7 @@ class _Loop:
 
 
 class _Stop:
-    """SIGTERM (preemption) and SIGINT ask for a stop at the next step; a second one stops at once.
-    """
+    """SIGTERM (preemption) and SIGINT ask for a stop at the next step; a second acts at once."""
 
     def __init__(self):
         self.asked: str | None = None

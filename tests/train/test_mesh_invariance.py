@@ -47,5 +47,5 @@ def test_fresh_parameters_do_not_depend_on_the_mesh():
 def test_meshes_that_cannot_be_are_refused_in_one_line():
     with pytest.raises(BadInput, match="there are 8"):
         mesh_of(MeshConfig(data=3, fsdp=4), jax.devices()[:8])
-    with pytest.raises(BadInput, match="mesh.context=2"):
+    with pytest.raises(BadInput, match=r"mesh\.context=2"):
         mesh_of(MeshConfig(context=2))

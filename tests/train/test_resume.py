@@ -61,7 +61,7 @@ def unbroken(tmp_path_factory):
 
 def test_more_steps_later_are_the_same_steps(unbroken, tmp_path):
     """The schedule's horizon is the stored one unless it is set."""
-    run, leaves = unbroken
+    _run, leaves = unbroken
     short = experiment("train.num_steps=25", "optimizer.horizon_steps=60")
     train(short, tmp_path, progress=quiet)
     said: list[str] = []

@@ -66,9 +66,9 @@ def test_loss_and_first_update_against_adamw_by_hand(plain):
 def test_accumulation_is_the_whole_batch(plain):
     plan, step = plain
     batch = tiny.batch(1)
-    whole, whole_metrics = step(plan.init(), batch)
+    _whole, whole_metrics = step(plan.init(), batch)
     parts = tiny.plan_of(tiny.experiment(accumulation_steps=4))
-    state, metrics = make_train_step(parts)(parts.init(), batch)
+    _state, metrics = make_train_step(parts)(parts.init(), batch)
     np.testing.assert_allclose(metrics["train/loss"], whole_metrics["train/loss"], rtol=1e-5)
     np.testing.assert_allclose(
         metrics["train/grad_norm"], whole_metrics["train/grad_norm"], rtol=1e-4

@@ -37,7 +37,7 @@ def fill_defaults(
     q_seg: jax.Array | None,
     kv_seg: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Positions 0..T-1 and 0..S-1 and segment 0 where they were left out: int32 [B or 1, T or S]."""
+    """Positions 0..T-1, 0..S-1 and segment 0 where they were left out: int32 [B or 1, T or S]."""
     return (
         jnp.arange(T, dtype=jnp.int32)[None] if q_pos is None else q_pos,
         jnp.arange(S, dtype=jnp.int32)[None] if kv_pos is None else kv_pos,

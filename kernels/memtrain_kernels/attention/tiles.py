@@ -37,10 +37,10 @@ class Scaling(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A softmax under way: greatest score and sum of exponentials [B, K, R, 1], acc [B, K, R, E]."""
+    """A softmax under way: greatest score and total of exponentials [B,K,R,1], acc [B,K,R,E]."""
 
     m: jax.Array
-    l: jax.Array
+    total: jax.Array
     acc: jax.Array
 
 
@@ -126,7 +126,7 @@ def absorb(running: Running, s_BKRS: jax.Array, v_BKSE: jax.Array) -> Running:
     fade = jnp.exp(running.m - finite(m))
     return Running(
         m,
-        running.l * fade + jnp.sum(p, axis=-1, keepdims=True),
+        running.total * fade + jnp.sum(p, axis=-1, keepdims=True),
         running.acc * fade + _values(p, v_BKSE),
     )
 
@@ -142,10 +142,10 @@ def nothing(B: int, K: int, R: int, E: int, dtype: jnp.dtype) -> Running:
 
 def finish(running: Running) -> tuple[jax.Array, jax.Array]:
     """o [B, K, R, E] and lse [B, K, R, 1]; 0 and -inf where nothing was seen."""
-    m, l, acc = running
-    # The greatest score adds exp(0) = 1 to l, so l < 1 says that nothing was seen, and m is -inf.
-    l = jnp.maximum(l, 1)
-    return acc / l, m + jnp.log(l)
+    m, total, acc = running
+    # The greatest score adds exp(0) = 1, so a total < 1 says that nothing was seen; m is -inf.
+    total = jnp.maximum(total, 1)
+    return acc / total, m + jnp.log(total)
 
 
 class Rows(NamedTuple):

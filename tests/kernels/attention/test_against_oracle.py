@@ -1,4 +1,4 @@
-"""Values and gradients of both backends against the float64 oracle: chosen cases, then drawn ones."""
+"""Values and gradients of both backends against the float64 oracle: chosen, then drawn cases."""
 
 import dataclasses
 from typing import NamedTuple

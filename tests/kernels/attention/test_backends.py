@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+
 from memtrain_kernels import (
     AttentionSpec,
     attention,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from memtrain_kernels import AttentionSpec, attention
 from memtrain_kernels.attention import blocks
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from memtrain_kernels import AttentionSpec, attention, merge
 from memtrain_kernels.attention import blocks, direct
 
@@ -98,9 +99,10 @@ def test_any_cut_of_the_queries_gives_the_same_rows():
     T, slots = 21, 32
     segments, positions = oracle.packed(rng, 2, T, documents=3)
     q, k, v = draw(rng, 2, T, 4, 8), draw(rng, 2, T, 2, 8), draw(rng, 2, T, 2, 8)
-    fill = lambda x, value=0: np.concatenate(  # noqa: E731
-        [x, np.full((2, slots - T, *x.shape[2:]), value, x.dtype)], axis=1
-    )
+
+    def fill(x, value=0):
+        return np.concatenate([x, np.full((2, slots - T, *x.shape[2:]), value, x.dtype)], axis=1)
+
     cache = {"kv_segments": fill(segments, -1), "kv_positions": fill(positions)}
     whole = attention(
         q,

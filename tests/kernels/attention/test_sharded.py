@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
 from memtrain_kernels import AttentionSpec, attention
 from memtrain_kernels.attention import blocks
 
