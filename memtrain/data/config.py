@@ -13,7 +13,7 @@ class RecallTask:
     num_facts: int = 8
     """Key-value facts told in one row."""
     num_queries: int = 8
-    """Facts asked for in one row, each once."""
+    """Questions in one row; the facts are asked for in turn."""
     name_len: int = 2
     """Letters of a fact's name."""
     value_len: int = 3

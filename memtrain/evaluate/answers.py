@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from memtrain.data.config import RecallTask
@@ -109,12 +110,16 @@ def draw_sample(
     prompt = held_out.tokens(document)[:prompt_len]
     sampling = Sampling(temperature=temperature)
     num_ids = held_out.tokenizer.vocab_size
-    draw = jax.jit(lambda *arrays: sample(*arrays, sampling, num_tokens=num_ids))
+
+    @jax.jit
+    def draw(logits: jax.Array, seed: jax.Array, step: jax.Array) -> jax.Array:
+        return sample(logits, seed, step, sampling, num_tokens=num_ids)
+
     engine.reset()
     logits = engine.prefill(np.tile(prompt, (engine.batch, 1)))
     tokens = []
     for step in range(min(num_tokens, subject.context - len(prompt))):
-        drawn = np.asarray(draw(logits, np.int32(seed), np.int32(step)))
+        drawn = np.asarray(draw(logits, jnp.int32(seed), jnp.int32(step)))
         tokens.append(int(drawn[0]))
         # As a chunk of one token: the program is there already.
         logits = engine.prefill(drawn[:, None])

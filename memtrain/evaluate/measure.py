@@ -30,6 +30,8 @@ from memtrain.evaluate.baselines import MAX_TRAIN_BYTES, MarkovModels, xz_bits_p
 from memtrain.evaluate.reread import Reread, reread, reread_pieces
 from memtrain.evaluate.slots import Reads, Slot
 from memtrain.evaluate.subject import HeldOut, Subject
+from memtrain.model.ablation import layer_label
+from memtrain.model.language_model import full_pattern
 
 
 ALL = "all"
@@ -313,9 +315,6 @@ def _read_once(pipeline: TextPipeline, num_samples: int, text_share: float) -> I
 
 
 def _table_labels(subject: Subject) -> set[str]:
-    from memtrain.model.ablation import layer_label
-    from memtrain.model.language_model import full_pattern
-
     return {
         layer_label(layer)
         for block in full_pattern(subject.experiment.model)

@@ -71,7 +71,7 @@ class Skeleton:
         }
 
     def init(self, key: Array) -> Parameters:
-        """Fresh parameters. The same on every mesh: draws depend on the key alone."""
+        """Fresh parameters. Draws depend on the key alone, so every mesh begins alike, to rounding."""
         model = LanguageModel(self.config, vocab_size=self.vocab_size, rngs=nnx.Rngs(key))
         return parameters_of(model)
 

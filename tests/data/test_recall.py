@@ -1,4 +1,5 @@
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from memtrain.data.config import DataConfig, RecallTask
+from memtrain.data.corpus import Documents
 from memtrain.data.pipeline import TextPipeline, build_pipeline
 from memtrain.data.recall import RecallRows, check_recall, make_facts, recall_examples
 from memtrain.data.tokenizer import ByteTokenizer
@@ -81,6 +83,36 @@ def test_rows_tell_and_then_ask(pipeline: TextPipeline):
         counted = row.loss_weights[~in_line[1:]]
         assert (counted == 0).sum() <= 1  # where one document ends and another begins
     assert min(distances) == 8 and max(distances) > 400
+
+
+def test_facts_are_asked_in_turn_when_there_are_more_questions(pipeline: TextPipeline):
+    rows = recall_rows(pipeline, RecallTask(num_facts=3, num_queries=8))
+    for index in range(50):
+        row = rows.row(index)
+        check_told_and_asked(row, 3, 8)
+        text = bytes(row.tokens.tolist()) + bytes([row.targets[-1]])
+        lines = Counter(match.group(1) for match in LINE.finditer(text))
+        assert sorted(lines.values()) == [3, 4, 4]
+
+
+def test_the_order_of_the_questions_says_nothing_of_the_answers():
+    """Even where every line goes to one place, what is asked for may be told anywhere before."""
+    # A window of 65 bytes has its one line end somewhere, as lines are 65 long.
+    text = b"0123456789" * 6 + b"abcd\n"
+    documents = Documents(np.frombuffer(text * 9, np.uint8), np.array([0]), np.array([9 * 65]))
+    task = RecallTask(num_facts=4, num_queries=4)
+    rows = RecallRows(task, ByteTokenizer(), documents, 128, 3)
+    ranks = np.zeros((4, 4))
+    for index in range(400):
+        row = rows.row(index)
+        text = bytes(row.tokens.tolist()) + bytes([row.targets[-1]])
+        names = [match.group(1) for match in LINE.finditer(text)]
+        if re.search(rb"(@[a-z]{2}=[A-Z]{3}\n){8}", text):
+            for turn, name in enumerate(names[4:]):
+                ranks[turn, names[:4].index(name)] += 1
+    expected = ranks.sum() / 16
+    assert expected > 80
+    assert ((ranks - expected) ** 2 / expected).sum() < 9 + 5 * np.sqrt(18)
 
 
 def test_rows_are_functions_of_their_number(pipeline: TextPipeline):
@@ -194,8 +226,8 @@ def test_examples_that_cannot_be(pipeline: TextPipeline):
 
 BAD: dict[str, dict[str, Any]] = {
     "data.recall.share=1": {"share": 1},
-    "data.recall.num_queries=9": {"num_queries": 9},
-    "data.recall.num_queries=0": {"num_queries": 0},
+    "data.recall.num_facts=0": {"num_facts": 0},
+    "num_queries=0": {"num_queries": 0},
     "name_len=0": {"name_len": 0},
     "value_len=7": {"value_len": 7},
     "there are only 26 names": {"num_facts": 27, "name_len": 1},

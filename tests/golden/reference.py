@@ -76,13 +76,12 @@ def logits(weights, tokens, *, depth, heads, kv_heads, window, sinks, top_k):
     x = w["embedding"][tokens] * np.sqrt(w["embedding"].shape[1])
     for i in range(depth):
         mixer, ffn = under(f"layers.{i}.mixer."), under(f"layers.{i}.ffn.")
-        inner = lambda p: {n.removeprefix("layer."): a for n, a in p.items()}  # noqa: E731
-        h = rms(x, mixer["norm.scale"])
+        h = rms(x, w[f"layers.{i}.mixer_norm.scale"])
         more = {"window": window, "sinks": sinks} if i % 2 == 0 else {}
-        x = x + attention(h, inner(mixer), heads=heads, kv_heads=kv_heads, **more)
-        h = rms(x, ffn["norm.scale"])
+        x = x + attention(h, mixer, heads=heads, kv_heads=kv_heads, **more)
+        h = rms(x, w[f"layers.{i}.ffn_norm.scale"])
         if i % 2 == 0:
-            x = x + swiglu(h, inner(ffn))
+            x = x + swiglu(h, ffn)
         else:
-            x = x + product_key(h, inner(ffn), w["tables.memory"], top_k=top_k)
+            x = x + product_key(h, ffn, w["tables.memory"], top_k=top_k)
     return rms(x, w["final_norm.scale"]) @ w["embedding"].T

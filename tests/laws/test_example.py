@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from memtrain.description import BuildContext, Dtypes
-from memtrain.layers import ModelConfig, Window
+from memtrain.layers import Block, ModelConfig, Window
 from memtrain.memory import Context
 from memtrain.model.language_model import LanguageModel
 from memtrain.testing import check_laws
@@ -64,10 +64,6 @@ def test_equals_its_recurrence(example):
         np.testing.assert_allclose(y[0, t], want, atol=1e-5)
 
 
-def test_keeps_the_core_laws(example):
-    check_laws(_make(example), laws=("split", "gradient", "reset", "padding", "bytes"))
-
-
 @pytest.mark.full
 def test_keeps_all_laws(example):
     report = check_laws(_make(example))
@@ -76,7 +72,8 @@ def test_keeps_all_laws(example):
 
 @pytest.mark.full
 def test_trains_in_a_model_beside_attention(example):
-    config = ModelConfig(dim=16, pattern=(Window(4, num_heads=2), example.DecayedAverageConfig()))
+    blocks = Block(mixer=Window(4, num_heads=2)), Block(mixer=example.DecayedAverageConfig())
+    config = ModelConfig(dim=16, pattern=blocks)
     model = jax.jit(lambda: LanguageModel(config, vocab_size=11, rngs=nnx.Rngs(0)))()
     tokens = jnp.arange(14).reshape(2, 7) % 11
 

@@ -113,17 +113,18 @@ def _run_and_kill(run: Path, *, after_step: int, delay: float) -> int:
         env=os.environ | {"XLA_FLAGS": ""},
         text=True,
     )
-    assert child.stdout is not None
-    begun: int | None = None
-    for line in child.stdout:
-        found = re.match(r"step +(\d+)/", line)
-        if found and begun is None:
-            begun = int(found[1])
-        if found and begun is not None and int(found[1]) - begun >= after_step:
-            time.sleep(delay)
-            child.kill()
-            break
-    return child.wait()
+    with child:
+        assert child.stdout is not None
+        begun: int | None = None
+        for line in child.stdout:
+            found = re.match(r"step +(\d+)/", line)
+            if found and begun is None:
+                begun = int(found[1])
+            if found and begun is not None and int(found[1]) - begun >= after_step:
+                time.sleep(delay)
+                child.kill()
+                break
+        return child.wait()
 
 
 def test_sigterm_saves_and_asks_to_be_run_again(tmp_path):

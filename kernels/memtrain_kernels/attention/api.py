@@ -137,7 +137,7 @@ def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         raise ValueError(f"empty attention: q {q.shape}, k {k.shape}, v {v.shape}")
 
 
-def _tokens(name: str, array: IntArray | None, batch: int, length: int) -> IntArray | None:
+def _tokens(name: str, array: IntArray | None, batch: int, length: int) -> jax.Array | None:
     """[length] or [batch, length] integers as [1 or batch, length]; None stays None."""
     if array is None:
         return None

@@ -75,8 +75,8 @@ def _attend_forward(q_BTHD, k_BSKD, v_BSKE, tokens: Tokens, plan: Plan):
 def _attend_backward(plan: Plan, residuals, cotangents):
     *arrays, tokens, o, lse = residuals
     dq, dk, dv = _gradients(*arrays, tokens, o, lse, *cotangents, plan)
-    no_gradient = Tokens(*(np.zeros(x.shape, jax.dtypes.float0) for x in tokens))
-    return dq, dk, dv, no_gradient
+    no_gradient = tuple(np.zeros(x.shape, jax.dtypes.float0) for x in tokens)
+    return dq, dk, dv, Tokens(*no_gradient)  # pyright: ignore[reportArgumentType]
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -1,5 +1,7 @@
 """What holds to the bit, or near it: unseen keys, unseen rows, cuts of the queries, merges."""
 
+from typing import Any
+
 import attention_oracle as oracle
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ def test_a_key_that_is_not_seen_moves_not_one_bit(form, monkeypatch):
     S = 24
     T = 1 if form == "decode" else S
     segments = np.repeat([[0, 1, -1], [0, 0, 1]], 8, axis=1)
-    tokens = {"q_segments": segments[:, S - T :], "kv_segments": segments}
+    tokens: dict[str, Any] = {"q_segments": segments[:, S - T :], "kv_segments": segments}
     tokens["q_positions"] = np.arange(S - T, S)
     spec = AttentionSpec(ordered=form == "unrolled", soft_cap=5.0, block_kv=None if T == 1 else 8)
     q, k, v = draw(rng, 2, T, 2, 8), draw(rng, 2, S, 2, 8), draw(rng, 2, S, 2, 8)
@@ -65,7 +67,7 @@ def test_rows_that_see_nothing_are_zero_with_no_gradient(backend, monkeypatch):
     T = 1 if backend == "decode" else 9
     rng = np.random.default_rng(1)
     segments = np.where(np.arange(9) < 4, -1, 0)[None]
-    tokens = {"q_segments": segments[:, :T], "kv_segments": segments}
+    tokens: dict[str, Any] = {"q_segments": segments[:, :T], "kv_segments": segments}
     tokens["q_positions"] = np.arange(T) - 2  # the first two queries stand before every key
     spec = AttentionSpec(block_q=None if T == 1 else 3, block_kv=None if T == 1 else 4)
     q, k, v, d_out = (draw(rng, 1, n, 2, 4) for n in (T, 9, 9, T))
@@ -103,7 +105,7 @@ def test_any_cut_of_the_queries_gives_the_same_rows():
     def fill(x, value=0):
         return np.concatenate([x, np.full((2, slots - T, *x.shape[2:]), value, x.dtype)], axis=1)
 
-    cache = {"kv_segments": fill(segments, -1), "kv_positions": fill(positions)}
+    cache: dict[str, Any] = {"kv_segments": fill(segments, -1), "kv_positions": fill(positions)}
     whole = attention(
         q,
         k,
@@ -140,11 +142,10 @@ def test_any_cut_of_the_queries_gives_the_same_rows():
 def test_merge_of_two_halves_is_the_whole_with_its_gradient():
     rng = np.random.default_rng(3)
     q, k, v, d_out = (draw(rng, 1, 8, 2, 4) for _ in range(4))
-    positions = {"q_positions": np.arange(8), "kv_positions": None}
     spec = AttentionSpec()
 
     def part(q, k, v, keys):
-        tokens = positions | {"kv_positions": np.arange(8)[keys]}
+        tokens: dict[str, Any] = {"q_positions": np.arange(8), "kv_positions": np.arange(8)[keys]}
         return attention(q, k[:, keys], v[:, keys], spec=spec, return_lse=True, **tokens)
 
     def joined(q, k, v):

@@ -61,5 +61,6 @@ def test_sharding_changes_nothing_and_gathers_nothing(form, monkeypatch):
     ):
         oracle.close(ours, theirs, 1e-5)
     # Sums over devices are the loss, and which tiles live; keys and values stay where they are.
-    assert "all-gather" not in compiled.as_text()
-    assert "all-to-all" not in compiled.as_text()
+    program = compiled.as_text() or ""
+    assert "HloModule" in program
+    assert "all-gather" not in program and "all-to-all" not in program
