@@ -103,7 +103,7 @@ def _reread_panels(part: Any, measured: Measured, settings: Sequence[str]) -> No
         )
         # Labels stand where the two lines are furthest apart, above and below them.
         gap = ends[0][0] - ends[1][0]
-        middle = slice(length // 6, max(length // 6 + 1, 5 * length // 6))
+        middle = slice(length // 3, max(length // 3 + 1, 2 * length // 3))
         at = middle.start + int(np.argmax(np.abs(gap[middle])))
         for (mean, line_colour, text), above in zip(ends, (gap[at] >= 0, gap[at] < 0), strict=True):
             panel.annotate(
@@ -194,7 +194,7 @@ def _kinds_panel(panel: Axes, measured: Measured) -> None:
     panel.grid(axis="y", visible=False)
     for place, a, b in zip(y, on, off, strict=True):
         panel.annotate(
-            f"{b - a:+.2f}",
+            f"{round(b - a, 2) + 0.0:+.2f}",  # no minus before a zero
             (max(a, b), place),
             xytext=(9, 0),
             textcoords="offset points",

@@ -71,7 +71,7 @@ class Skeleton:
         }
 
     def init(self, key: Array) -> Parameters:
-        """Fresh parameters. Draws depend on the key alone, so every mesh begins alike, to rounding."""
+        """Fresh parameters. Draws depend on the key alone: every mesh begins alike, to rounding."""
         model = LanguageModel(self.config, vocab_size=self.vocab_size, rngs=nnx.Rngs(key))
         return parameters_of(model)
 
