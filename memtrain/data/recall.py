@@ -4,9 +4,10 @@ A fact is a line of its own, `@kq=XWB` and a line feed: two lower-case letters n
 capitals, drawn apart from the name, are what to remember. It is asked for by the same line again,
 and only the capitals of the second telling are in the loss as answers, so that whoever has not kept
 the first one can only guess: 14.1 bits an answer. Telling and asking look alike on purpose. A model
-needs one skill for this, to find what followed `@kq=` before and to say it again, and that is among
-the first things that attention learns (induction: Olsson et al. 2022). `@`, two letters and `=` at
-the begin of a line is nothing that Python source or prose contain.
+needs one skill for this: to find what followed `@kq=` before and say it again (induction: Olsson et
+al. 2022). That is slow to learn: models of two layers and width 128 had narrowed the answers to
+letters told in the row, but did not tell the names apart, after 1.6M tokens. `num_queries` above
+`num_facts` asks for each fact several times, which gives more to learn from in each row.
 
 The text around them is the corpus's own and counts as text unless `count_text` is off. What cannot
 be known (the facts' lines when told, the names when asked) has loss weight 0.
@@ -129,8 +130,8 @@ def _spell(number: int, alphabet: str, length: int) -> str:
 class RecallRows:
     """Rows of real text with facts and questions in it; sample i is a pure function of i.
 
-    The two places of a fact that is asked for are drawn from the begins of lines, so short
-    distances are the most frequent and the longest nearly span the row.
+    Facts are asked for in turn, `num_queries` times in all. The places of a fact are drawn from the
+    begins of lines, so short distances are the most frequent and the longest nearly span the row.
     """
 
     def __init__(
