@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memtrain.description import Dtypes
 from memtrain.errors import BadInput
 from memtrain.memory import (
     REGISTRY,
@@ -77,4 +76,3 @@ def test_names_are_registered_once():
     with pytest.raises(ValueError, match="'window' is registered already"):
         register("window", AttentionConfig())
     assert {"attention", "window", "product_key"} <= set(REGISTRY)
-    assert Dtypes() == Dtypes(compute="float32")
