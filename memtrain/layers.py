@@ -7,6 +7,7 @@ In a recipe a layer's name means its description; `build` makes the module.
 
 from memtrain.memory.attention import AttentionConfig as Attention
 from memtrain.memory.product_key import ProductKeyMemoryConfig as ProductKeyMemory
+from memtrain.memory.short_conv import ShortConvConfig as ShortConv
 from memtrain.model.config import Block as Block
 from memtrain.model.config import ModelConfig as ModelConfig
 from memtrain.model.feed_forward import SwiGLUConfig as SwiGLU
@@ -20,5 +21,6 @@ def Window(window: int, **more) -> Attention:
 
 register(Attention, "Attention")
 register(ProductKeyMemory, "ProductKeyMemory")
+register(ShortConv, "ShortConv")
 register(SwiGLU, "SwiGLU")
 register(Block, "Block")

@@ -14,3 +14,5 @@ from memtrain.memory.protocol import Statistic as Statistic
 from memtrain.memory.protocol import spec_bytes as spec_bytes
 from memtrain.memory.registry import REGISTRY as REGISTRY
 from memtrain.memory.registry import register as register
+from memtrain.memory.short_conv import ShortConv as ShortConv
+from memtrain.memory.short_conv import ShortConvConfig as ShortConvConfig

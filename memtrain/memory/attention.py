@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from memtrain.description import BuildContext, LayerDescription
 from memtrain.memory.primitives import Linear, RMSNorm
 from memtrain.memory.protocol import Aux, Context, LeafSpec, Memory, State, token_documents
 from memtrain.memory.rope import apply_rope
+from memtrain.memory.short_conv import ShortConv, ShortConvConfig
 from memtrain_kernels import AttentionSpec, attention
 
 
@@ -39,6 +41,13 @@ class AttentionConfig(LayerDescription):
     """Base of the rotary frequencies; None leaves positions out."""
     qk_norm: bool = True
     """RMS norm of every query and key head (Henry et al. 2020; Dehghani et al. 2023)."""
+    key_conv: int | None = None
+    """A depthwise causal convolution mixes this many tokens into every key, its own included (So et
+    al. 2021; Olsson et al. 2022 on smeared keys)."""
+    induction_init: bool = False
+    """Start as induction heads: the key projection equal to the query's and `key_conv` a shift by
+    one token, so that a token attends to what followed its like before. Training goes on from
+    there: a model that takes hundreds of steps to find this skill has it after tens."""
     soft_cap: float | None = None
     """Scores become cap * tanh(score / cap) (Gemma 2)."""
     backend: str | None = None
@@ -52,6 +61,8 @@ class AttentionConfig(LayerDescription):
             raise ValueError(f"window={self.window}: a token sees at least its own position")
         if self.sink_tokens and self.window is None:
             raise ValueError("sink_tokens needs a window: without one every token stays visible")
+        if self.induction_init and self.key_conv is None:
+            raise ValueError("induction_init needs key_conv=2 or more: its keys are shifted by one")
 
     def build(self, context: BuildContext, *, rngs: nnx.Rngs) -> Attention:
         return Attention(self, context, rngs=rngs)
@@ -81,6 +92,14 @@ class Attention(Memory):
         self.value = linear(dim, kv_dim, axes=("embed", "heads"))
         out_scale = (2 * context.depth) ** -0.5
         self.output = linear(query_dim, dim, axes=("heads", "embed"), scale=out_scale)
+        if config.key_conv is not None:
+            conv = ShortConvConfig(config.key_conv, shift=config.induction_init)
+            inner = dataclasses.replace(context, dim=kv_dim)
+            self.key_conv = ShortConv(conv, inner, rngs=rngs, axis="heads")
+        if config.induction_init:
+            group = self.num_heads // self.num_kv_heads
+            heads = self.query.weight[...].reshape(dim, self.num_kv_heads, group, self.head_dim)
+            self.key.weight = self.key.weight.replace(heads[:, :, 0].reshape(dim, kv_dim))
         if config.qk_norm:
             self.query_norm = RMSNorm(self.head_dim, dtypes=dtypes)
             self.key_norm = RMSNorm(self.head_dim, dtypes=dtypes)
@@ -97,15 +116,18 @@ class Attention(Memory):
     @property
     def rollback_slack(self) -> int:  # type: ignore[override]
         """The whole cache can be taken back where nothing is overwritten."""
-        return 0 if self.config.window is not None else 2**31 - 1
+        overwrites = self.config.window is not None or self.config.key_conv is not None
+        return 0 if overwrites else 2**31 - 1
 
-    def state_spec(self, batch: int, capacity: int) -> dict[str, LeafSpec]:
+    def state_spec(self, batch: int, capacity: int) -> dict[str, Any]:
         window = self.config.window
         slots = capacity if window is None else min(window, capacity)
         growth = "per_token" if window is None else "fixed"
-        spec = self._cache_spec("", batch, slots, growth)
+        spec: dict[str, Any] = self._cache_spec("", batch, slots, growth)
         if self.config.sink_tokens:
             spec |= self._cache_spec("sink_", batch, self.config.sink_tokens, "fixed")
+        if self.config.key_conv is not None:
+            spec["key_conv"] = self.key_conv.state_spec(batch, capacity)
         row = lambda dtype: LeafSpec((batch,), dtype, ("batch",), gradient=False)  # noqa: E731
         return spec | {
             "length": row(jnp.int32),  # valid tokens since init; the ring's are those without sinks
@@ -136,7 +158,11 @@ class Attention(Memory):
     ) -> tuple[Float[Array, "B T D"], State | None, Aux]:
         B, T, _ = x.shape
         q = self.query(x).reshape(B, T, self.num_heads, self.head_dim)
-        k = self.key(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        k = self.key(x)
+        tail = None
+        if self.config.key_conv is not None:
+            k, tail, _ = self.key_conv(k, None if state is None else state["key_conv"], ctx)
+        k = k.reshape(B, T, self.num_kv_heads, self.head_dim)
         v = self.value(x).reshape(B, T, self.num_kv_heads, self.head_dim)
         if self.config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -158,6 +184,8 @@ class Attention(Memory):
                 seen = self._seen_by_chunk(state, k, v, documents, ctx)
                 new_state = self._write_ring(state, k, v, documents, current, ctx)
             new_state["current_document"] = current
+            if tail is not None:
+                new_state["key_conv"] = tail
             y = self._attend(
                 q,
                 seen["key"].astype(q.dtype),
@@ -232,6 +260,8 @@ class Attention(Memory):
     def live_state(self, state: State) -> State:
         """Slots outside the current document are set to zero; the rest are sorted by position."""
         out = dict(state)
+        if self.config.key_conv is not None:
+            out["key_conv"] = self.key_conv.live_state(state["key_conv"])
         current = state["current_document"][:, None]
         for prefix in ("sink_", "") if self.config.sink_tokens else ("",):
             document, position = state[prefix + "document"], state[prefix + "position"]
@@ -248,7 +278,8 @@ class Attention(Memory):
     def rollback(self, state: State, tokens: int) -> State:
         """The state before the newest `tokens` tokens. Offered without a window only."""
         if tokens > self.rollback_slack:
-            raise ValueError("a ring buffer has overwritten what a rollback would bring back")
+            what = "ring buffer" if self.config.window is not None else "convolution"
+            raise ValueError(f"a {what} has overwritten what a rollback would bring back")
         length = jnp.maximum(state["length"] - tokens, 0)
         slots = jnp.arange(state["key"].shape[1])[None, :]
         gone = slots >= length[:, None]

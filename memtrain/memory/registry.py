@@ -14,6 +14,7 @@ from memtrain.description import BuildContext, Dtypes, LayerDescription
 from memtrain.memory.attention import AttentionConfig
 from memtrain.memory.product_key import ProductKeyMemoryConfig
 from memtrain.memory.protocol import Memory
+from memtrain.memory.short_conv import ShortConvConfig
 
 
 MakeMemory = Callable[[Dtypes, nnx.Rngs], Memory]
@@ -37,6 +38,19 @@ register(
     AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window=5, sink_tokens=2, soft_cap=8.0),
 )
 register(
+    "attention_key_conv",
+    AttentionConfig(
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rope_theta=None,
+        qk_norm=False,
+        key_conv=3,
+        induction_init=True,
+    ),
+)
+register(
     "product_key",
     ProductKeyMemoryConfig(num_slots=64, num_heads=2, top_k=3, key_dim=8, value_dim=12),
 )
+register("short_conv", ShortConvConfig(size=4))

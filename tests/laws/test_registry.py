@@ -11,7 +11,7 @@ from memtrain.testing import LAWS, check_laws
 
 
 CORE = [law for law in LAWS if law not in ("sharding", "long_runs")]
-WITHOUT_TRANSITIONS = {"attention", "window", "product_key"}
+WITHOUT_TRANSITIONS = {"attention", "attention_key_conv", "window", "product_key", "short_conv"}
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,10 @@ def attention(
     """One row, x [T, D]; documents [T], negative where invalid (output 0). A loop over queries."""
     T = len(x)
     q = (x @ parameters["query"]).reshape(T, heads, -1)
-    k = (x @ parameters["key"]).reshape(T, kv_heads, -1)
+    k = x @ parameters["key"]
+    if "key_conv" in parameters:
+        k = short_conv(k, parameters["key_conv"], documents)
+    k = k.reshape(T, kv_heads, -1)
     v = (x @ parameters["value"]).reshape(T, kv_heads, -1)
     if "query_norm" in parameters:
         q = rms_normalize(q) * parameters["query_norm"]
@@ -109,3 +112,13 @@ def product_key(
             read[m] += weights[m, h] @ table[best]
     y = (read * silu(x @ parameters["gate"])) @ parameters["output"]
     return y, slots, weights
+
+
+def short_conv(x: np.ndarray, taps: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """One row, x [T, D], taps [W, D]. A loop over tokens and taps."""
+    y = np.zeros_like(x)
+    for t in range(len(x)):
+        for i in range(min(len(taps), t + 1)):
+            if documents[t - i] == documents[t]:
+                y[t] += taps[i] * x[t - i]
+    return y

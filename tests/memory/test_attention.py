@@ -20,6 +20,8 @@ CONFIGS = {
     "no-rope-no-norm": AttentionConfig(num_heads=2, rope_theta=None, qk_norm=False),
     "window": AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4, window=4),
     "window-sinks": AttentionConfig(num_heads=2, head_dim=4, window=3, sink_tokens=2),
+    "key-conv": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, key_conv=3),
+    "window-key-conv": AttentionConfig(num_heads=2, head_dim=4, window=3, key_conv=2),
 }
 DIM = 12
 T = 24
@@ -44,6 +46,8 @@ def parameters(memory: Attention) -> dict[str, np.ndarray]:
         name: np.asarray(getattr(memory, name).weight[...], np.float64)
         for name in ("query", "key", "value", "output")
     }
+    if memory.config.key_conv is not None:
+        out["key_conv"] = np.asarray(memory.key_conv.taps[...], np.float64)
     if memory.config.qk_norm:
         out["query_norm"] = np.asarray(memory.query_norm.scale[...], np.float64)
         out["key_norm"] = np.asarray(memory.key_norm.scale[...], np.float64)
@@ -102,6 +106,29 @@ def test_whole_and_cached_equal_the_dense_oracle(name):
         y, state, _ = call(memory, x[:, at : at + n], state, ctx.window(at, at + n))
         np.testing.assert_allclose(y, want[:, at : at + n], atol=2e-5, err_msg=f"token {at}")
         at += n
+
+
+def test_induction_heads_look_at_what_followed_their_like():
+    """Tokens of random unit vectors, some of which come again: no training, no positions."""
+    config = AttentionConfig(
+        num_heads=1, head_dim=64, rope_theta=None, key_conv=2, induction_init=True
+    )
+    memory = config.build(BuildContext(dim=64), rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    words = rng.normal(size=(12, 64))
+    text = [*range(12), 3, 4, 5, 9]
+    p = parameters(memory)
+    p |= {"value": np.eye(64), "output": np.eye(64)}
+    positions, documents = np.arange(16), np.zeros(16, int)
+    read = oracle(words[text], p, positions, documents, heads=1, kv_heads=1, theta=None)
+    for t in range(12, 16):
+        nearest = int(np.argmax(words @ read[t]))
+        assert nearest == text[t] + 1, f"token {t}, a second {text[t]}, looks at {nearest}"
+
+
+def test_induction_needs_its_shift():
+    with pytest.raises(ValueError, match="induction_init needs key_conv"):
+        AttentionConfig(induction_init=True)
 
 
 def test_gradients_equal_finite_differences_of_the_oracle():
