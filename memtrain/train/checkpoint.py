@@ -81,6 +81,7 @@ class CheckpointStore:
         self._is_writer = False
         self._closed = False
         self._writing: threading.Thread | None = None
+        self._importing: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._verified: set[int] = set()
         self._invalid: set[int] = set()
@@ -142,6 +143,8 @@ class CheckpointStore:
         finally:
             self._closed = True
             self._lock.release()
+            if self._importing is not None:
+                self._importing.join()
 
     def sweep(self) -> None:
         """Become the writer now: take the lock, remove what killed saves and deletions left."""
@@ -149,7 +152,7 @@ class CheckpointStore:
 
     def warm_up(self) -> None:
         """Import Orbax in the background; call it just before the first compilation."""
-        shards.import_in_background()
+        self._importing = shards.import_in_background()
 
     def __enter__(self) -> "CheckpointStore":
         return self

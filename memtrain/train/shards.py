@@ -37,9 +37,15 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.levelno >= logging.ERROR and "orbax" in Path(record.pathname).parts)
 
 
-def import_in_background() -> None:
-    """Import Orbax while the main thread waits for the compiler, and not at the first save."""
-    threading.Thread(target=orbax, name="import-orbax", daemon=True).start()
+def import_in_background() -> threading.Thread:
+    """Import Orbax while the main thread waits for the compiler, and not at the first save.
+
+    Join the thread before the process ends: one that ends while a library in C++ is being loaded is
+    aborted by it, and its exit code is lost.
+    """
+    thread = threading.Thread(target=orbax, name="import-orbax", daemon=True)
+    thread.start()
+    return thread
 
 
 def num_bytes(named: Mapping[str, jax.Array]) -> int:

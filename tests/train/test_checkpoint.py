@@ -415,3 +415,20 @@ def test_what_a_failed_save_cannot_remove_goes_before_the_next(store, tmp_path, 
         assert left.exists()
     store.save(2, {"w": noise(0, 2)}, {}, wait=True)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "LOCK"]
+
+
+def test_an_early_end_waits_for_the_import(tmp_path):
+    """Else C++ ends the process, and the exit code of what went wrong is lost."""
+    program = (
+        "import atexit, sys\n"
+        "from pathlib import Path\n"
+        "from memtrain.train.checkpoint import CheckpointStore, shards\n"
+        "atexit.register(lambda: print(shards.orbax.cache_info().currsize))\n"
+        "with CheckpointStore(Path('checkpoints')) as store:\n"
+        "    store.warm_up()\n"
+        "    sys.exit(2)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "1\n", "")
