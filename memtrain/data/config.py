@@ -25,6 +25,16 @@ class RecallTask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RereadTask:
+    """Rows in which a passage of text comes a second time (see `memtrain.data.reread`)."""
+
+    share: float = 0.1
+    """Share of the rows of every batch, on average, that are such rows: between 0 and 1."""
+    min_len: int = 32
+    """Tokens of the shortest passage; the longest is half a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MqarTask:
     """Multi-query associative recall (Arora et al. 2023, Zoology) instead of text."""
 
@@ -56,6 +66,8 @@ class DataConfig:
     seed: int = 0
     recall: RecallTask | None = None
     """A generated recall task mixed into the text."""
+    reread: RereadTask | None = None
+    """Rows in which a passage comes again, mixed into the text."""
     mqar: MqarTask | None = None
     """If set, rows are MQAR and `path` is not read."""
     prefetch: int = 4

@@ -11,6 +11,7 @@ from memtrain.data.config import DataConfig
 from memtrain.data.corpus import Corpus, Documents, Split, build_corpus
 from memtrain.data.mqar import MqarBatch, MqarRows, check_mqar, mqar_rows
 from memtrain.data.recall import RecallRows, check_recall
+from memtrain.data.reread import RereadRows, check_reread
 from memtrain.data.rows import DocumentRows, MixedRows, PackedRows, Rows, Stream, num_rows
 from memtrain.data.seeded import derive
 from memtrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -123,10 +124,11 @@ class Pipeline:
         raise self._no_text()
 
     def text_read(self, num_samples: int) -> Iterator[np.ndarray]:
-        """The text in samples 0 .. num_samples - 1: uint8 arrays, each one piece of a document.
+        """As much text as `num_samples` samples hold: uint8 arrays, each one piece of a document.
 
-        For baselines that are trained on just those bytes. Rows of a mixed-in task are left out;
-        over an epoch every token comes once (but the last of the stream, which is only a target).
+        For baselines that are trained on the same bytes. Rows of a mixed-in task are made of the
+        same text: plain rows, the next ones, stand in for them. Over an epoch every token comes
+        once (but the last of the stream, which is only a target).
         Under a text tokenizer a character that a row cuts in two comes out as U+FFFD.
         """
         raise self._no_text()
@@ -172,9 +174,15 @@ class TextPipeline(Pipeline):
         self._text_rows = rows_of(train, key)
         self.rows_per_epoch = self._text_rows.rows_per_epoch
         rows: Rows = self._text_rows
+        left = 1.0  # the share of all rows that `rows` has to fill
+        if config.recall is not None:
+            left -= config.recall.share
+        if config.reread is not None:
+            reread = RereadRows(config.reread, train, seq_len, derive(key, "reread"))
+            rows = MixedRows(rows, reread, config.reread.share / left)
         if config.recall is not None:
             recall = RecallRows(config.recall, tokenizer, train, seq_len, derive(key, "recall"))
-            rows = MixedRows(self._text_rows, recall, config.recall.share)
+            rows = MixedRows(rows, recall, config.recall.share)
         held_out = None
         if self._held_out.num_tokens > 1:
             held_out = rows_of(self._held_out, VALIDATION_KEY)
@@ -189,6 +197,7 @@ class TextPipeline(Pipeline):
                 "data.order": config.order,
                 "data.validation_fraction": config.validation_fraction,
                 "data.recall": None if config.recall is None else asdict(config.recall),
+                "data.reread": None if config.reread is None else asdict(config.reread),
             },
             rows=rows,
             validation_rows=held_out,
@@ -209,10 +218,7 @@ class TextPipeline(Pipeline):
         return [(self.corpus.names[i], tokens[a:b].astype(np.int32)) for i, a, b in spans]
 
     def text_read(self, num_samples: int) -> Iterator[np.ndarray]:
-        num_text = num_samples
-        if isinstance(self._rows, MixedRows):
-            num_text -= self._rows.count(num_samples)
-        for index in range(num_text):
+        for index in range(num_samples):
             row = self._text_rows.row(index)
             tokens = row.tokens[row.valid]
             for piece in np.split(tokens, np.flatnonzero(row.starts[row.valid])):
@@ -326,11 +332,21 @@ def _check_config(config: DataConfig, seq_len: int, batch_size: int) -> None:
         raise BadInput(f'data.order={config.order!r}: it takes "packed" or "document"')
     if config.prefetch < 0:
         raise BadInput(f"data.prefetch={config.prefetch}: it takes 0 (no thread) or more")
-    if config.mqar is not None and (config.recall is not None or config.order != "packed"):
-        raise BadInput('data.mqar goes neither with data.recall nor with data.order="document"')
-    if config.recall is not None and config.order != "packed":
+    mixed = {"data.recall": config.recall, "data.reread": config.reread}
+    mixed_in = [name for name, task in mixed.items() if task is not None]
+    if config.mqar is not None and (mixed_in or config.order != "packed"):
         raise BadInput(
-            'data.recall takes data.order="packed": its rows would break the documents of the lanes'
+            'data.mqar goes neither with data.recall or data.reread nor with data.order="document"'
+        )
+    if mixed_in and config.order != "packed":
+        raise BadInput(
+            f'{mixed_in[0]} takes data.order="packed": its rows would break the documents of the'
+            " lanes"
+        )
+    shares = [task.share for task in (config.recall, config.reread) if task is not None]
+    if sum(shares) >= 1:
+        raise BadInput(
+            f"{' and '.join(mixed_in)} take {sum(shares):g} of the rows: leave some for the text"
         )
 
 
@@ -370,6 +386,8 @@ def build_pipeline(
     tokenizer = load_tokenizer(config.tokenizer)
     if config.recall is not None:
         check_recall(config.recall, tokenizer, seq_len)
+    if config.reread is not None:
+        check_reread(config.reread, seq_len)
     corpus = build_corpus(config.path, tokenizer, text_field=config.text_field)
     return TextPipeline(
         config,

@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memtrain.data.batch import Batch, padded_row, stack_rows
+from memtrain.data.batch import Batch, stack_rows
 from memtrain.data.config import RecallTask
 from memtrain.data.corpus import Documents
-from memtrain.data.rows import Stream
+from memtrain.data.rows import Stream, one_document
 from memtrain.data.seeded import (
     derive,
     distinct_integers,
@@ -33,6 +33,9 @@ from memtrain.data.seeded import (
 from memtrain.data.tokenizer import Tokenizer
 from memtrain.errors import BadInput
 
+
+MARK = "@"
+"""Begins every line that tells or asks."""
 
 _NAMES = "abcdefghijklmnopqrstuvwxyz"
 _VALUES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -97,7 +100,7 @@ def check_recall(task: RecallTask, tokenizer: Tokenizer, seq_len: int) -> None:
             f" data.recall take {need} bytes, and text should fill a quarter of the row; make it"
             f" {-(-4 * need // 3)} or ask less"
         )
-    sample = "@" + _NAMES + "=" + _VALUES + _END
+    sample = MARK + _NAMES + "=" + _VALUES + _END
     if tokenizer.decode(tokenizer.encode(sample)) != sample:
         raise BadInput(
             f"data.tokenizer={tokenizer.name!r} does not give back {sample!r}, which data.recall"
@@ -112,7 +115,7 @@ def make_facts(task: RecallTask, tokenizer: Tokenizer, key: int) -> list[Fact]:
     values = random_integers(derive(key, "values"), count, len(_VALUES) ** task.value_len)
     facts = []
     for name_number, value_number in zip(names.tolist(), values.tolist(), strict=True):
-        prefix = f"@{_spell(name_number, _NAMES, task.name_len)}="
+        prefix = f"{MARK}{_spell(name_number, _NAMES, task.name_len)}="
         value = _spell(value_number, _VALUES, task.value_len)
         parts = (tokenizer.encode(part) for part in (prefix, value, _END))
         facts.append(Fact(prefix + value, *parts))
@@ -176,21 +179,13 @@ class RecallRows:
             at = place
         row = np.concatenate([*tokens, text[at:]])
         weight = np.concatenate([*weights, text_weights[at:]])
-        return _one_document(row, weight, self._seq_len)
+        return one_document(row, weight, self._seq_len)
 
 
 def _line_begins(text: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Places in the text where a line begins; any place where it has no line ends."""
     begins = 1 + np.flatnonzero(tokenizer.ends_line[text[:-1]])
     return begins if len(begins) else np.arange(len(text))
-
-
-def _one_document(tokens: np.ndarray, weights: np.ndarray, seq_len: int) -> Batch:
-    """[n + 1] tokens and their weights as targets, as one row that is one document."""
-    n = len(tokens) - 1
-    starts = np.arange(n) == 0
-    positions = np.arange(n, dtype=np.int32)
-    return padded_row(tokens[:-1], tokens[1:], weights[1:], positions, starts, seq_len)
 
 
 @dataclass(frozen=True)
@@ -214,7 +209,7 @@ class RecallExamples:
             answer = answer[answer >= 0]
             weights = np.concatenate([np.zeros(len(prompt)), np.ones(len(answer))])
             tokens = np.concatenate([prompt, answer])
-            rows.append(_one_document(tokens, weights.astype(np.float32), seq_len))
+            rows.append(one_document(tokens, weights.astype(np.float32), seq_len))
         return stack_rows(rows)
 
 

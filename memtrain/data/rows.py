@@ -76,6 +76,14 @@ def num_rows(num_tokens: int, seq_len: int) -> int:
     return -(-(num_tokens - 1) // seq_len)
 
 
+def one_document(tokens: np.ndarray, weights: np.ndarray, seq_len: int) -> Batch:
+    """[n + 1] tokens and their weights as targets, as one row that is one document."""
+    n = len(tokens) - 1
+    starts = np.arange(n) == 0
+    positions = np.arange(n, dtype=np.int32)
+    return padded_row(tokens[:-1], tokens[1:], weights[1:], positions, starts, seq_len)
+
+
 class PackedRows:
     """Rows cut from the stream one after the other, read in a seeded order.
 
@@ -148,7 +156,7 @@ class MixedRows:
     """
 
     def __init__(self, rest: Rows, some: Rows, share: float) -> None:
-        self._rest = rest
+        self.rest = rest
         self._some = some
         self._numerator = round(share * 2**32)
 
@@ -160,4 +168,4 @@ class MixedRows:
         before = self.count(index)
         if self.count(index + 1) > before:
             return self._some.row(before)
-        return self._rest.row(index - before)
+        return self.rest.row(index - before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -258,9 +257,8 @@ def _measure_baselines(measured: Measured, held_out: HeldOut, budget: Budget) ->
     pipeline = subject.pipeline
     assert isinstance(pipeline, TextPipeline)
     num_samples = (subject.step or 0) * subject.experiment.train.batch_size
-    text_share = 1 - _recall_share(subject)
-    models = MarkovModels(_read_once(pipeline, num_samples, text_share))
-    epochs = num_samples * text_share / pipeline.rows_per_epoch
+    models = MarkovModels(_read_once(pipeline, num_samples))
+    epochs = num_samples / pipeline.rows_per_epoch
     measured.baselines = [
         {
             "model": "this model",
@@ -296,18 +294,11 @@ def _measure_baselines(measured: Measured, held_out: HeldOut, budget: Budget) ->
     )
 
 
-def _recall_share(subject: Subject) -> float:
-    """Share of the rows that hold a mixed-in task."""
-    task = subject.experiment.data.recall
-    return 0.0 if task is None else task.share
-
-
-def _read_once(pipeline: TextPipeline, num_samples: int, text_share: float) -> Iterator[np.ndarray]:
-    """The text of the first samples, each byte once, `MAX_TRAIN_BYTES` at most."""
+def _read_once(pipeline: TextPipeline, num_samples: int) -> Iterator[np.ndarray]:
+    """As much text as the samples hold, each byte once, `MAX_TRAIN_BYTES` at most."""
     # Counting a text twice would make a Markov model surer than it should be.
-    an_epoch = math.ceil(pipeline.rows_per_epoch / text_share)
     total = 0
-    for piece in pipeline.text_read(min(num_samples, an_epoch)):
+    for piece in pipeline.text_read(min(num_samples, pipeline.rows_per_epoch)):
         if total >= MAX_TRAIN_BYTES:
             return
         total += len(piece)

@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int
 
 from memtrain.data.batch import stack_rows
 from memtrain.data.config import RecallTask
-from memtrain.data.recall import RecallRows, check_recall
+from memtrain.data.recall import MARK, RecallRows, check_recall
 from memtrain.data.seeded import derive
+from memtrain.data.tokenizer import Tokenizer
 from memtrain.decode.engine import Engine
 from memtrain.errors import BadInput
 from memtrain.evaluate.scoring import score_rows
@@ -38,7 +39,7 @@ class Questions:
     length: Int[np.ndarray, "Q"]
     """Tokens of its answer."""
     distance: Int[np.ndarray, "Q"]
-    """Tokens from the begin of the value where told to the begin of the answer."""
+    """Tokens from the begin of the value where last told to the begin of the answer."""
 
 
 def task_of(subject: Subject) -> RecallTask:
@@ -84,28 +85,26 @@ def make_questions(
     for row in range(num_rows):
         asked = np.flatnonzero(np.diff(batch.loss_weights[row] > 0, prepend=False, append=False))
         for begin, end in asked.reshape(-1, 2).tolist():
-            distance = _distance(batch.tokens[row], batch.targets[row], begin, end)
+            whole = np.append(batch.tokens[row], batch.targets[row, -1])
+            distance = _distance(whole, slice(begin + 1, end + 1), held_out.tokenizer)
             found.append((row, begin, end - begin, distance))
     columns = np.array(found, np.int64).T
     return Questions(batch.tokens, batch.targets, batch.valid, *columns)
 
 
-def _distance(tokens: np.ndarray, targets: np.ndarray, begin: int, end: int) -> int:
-    """How far before the answer `targets[begin:end]` the same line was told.
-
-    In `tokens` the answer begins at begin + 1, after the prefix that both lines share.
-    """
-    answer = targets[begin:end]
-    best = 0, 0
-    for at in range(begin, 0, -1):
-        if np.array_equal(tokens[at : at + len(answer)], answer):
-            same = 0
-            while same < at and tokens[at - 1 - same] == tokens[begin - same]:
-                same += 1
-            # Another fact may have the same value; its own has the same name before it.
-            best = max(best, (same, at))
-    assert best[0] > 0, "the answer was not told"
-    return begin + 1 - best[1]
+def _distance(tokens: np.ndarray, answer: slice, tokenizer: Tokenizer) -> int:
+    """How far before `tokens[answer]` its line was last told (or asked for, which tells it too)."""
+    begin = answer.start
+    prefix = next(
+        n
+        for n in range(1, begin + 1)
+        if tokenizer.decode(tokens[begin - n : begin]).startswith(MARK)
+    )
+    line = tokens[begin - prefix : answer.stop]
+    for at in range(begin - 1, prefix - 1, -1):
+        if np.array_equal(tokens[at - prefix : at - prefix + len(line)], line):
+            return begin - at
+    raise AssertionError("the answer was not told")
 
 
 def answer(engine: Engine, questions: Questions) -> tuple[np.ndarray, np.ndarray]:

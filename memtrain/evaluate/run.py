@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memtrain.errors import BadInput
-from memtrain.evaluate import bits, mqar, recall
+from memtrain.evaluate import bits, mqar, recall, reread
 from memtrain.evaluate.subject import Subject
 
 
-Task = Literal["bpb", "mqar", "recall"]
+Task = Literal["bpb", "mqar", "recall", "reread"]
 
 MAX_TOKENS = 1 << 18
 """Tokens that one evaluation reads; of more text a part is taken, spread evenly."""
 RECALL_ROWS = 128
+REREAD_PIECES = 128
 
 
 def evaluate(
@@ -30,6 +31,7 @@ def evaluate(
 
     bpb: bits per byte of the held-out text (or of `data`), by tokens of context.
     mqar, recall: answers right, by distance between what was told and the question.
+    reread: bits per byte of held-out text (or of `data`) read a first and a second time.
     without: memories that are left out, see `memtrain.model.ablation`.
 
     Raises BadInput where the task does not fit what the model reads, or there is nothing to read.
@@ -50,7 +52,9 @@ def evaluate(
         if paths:
             raise BadInput("--task mqar is generated and reads no --data")
         return found | _mqar(subject, without, max_tokens)
-    raise BadInput(f"--task {task}: there are bpb, mqar and recall")
+    if task == "reread":
+        return found | _reread(subject, paths, without, max_tokens)
+    raise BadInput(f"--task {task}: there are bpb, mqar, recall and reread")
 
 
 def _bits(
@@ -92,6 +96,25 @@ def _recall(
         "questions": len(right),
         "trained_on_recall": subject.experiment.data.recall is not None,
         "by_distance": recall.accuracy_by_distance(right, share, questions.distance, length),
+    }
+
+
+def _reread(
+    subject: Subject, paths: list[Path], without: Sequence[str], max_tokens: int
+) -> dict[str, Any]:
+    subject.need_tokenizer("reread")
+    engine = subject.engine(without=without)
+    held_out = subject.held_out(paths)
+    count = max(1, min(REREAD_PIECES, max_tokens // subject.context))
+    pieces = reread.reread_pieces(held_out, subject.context, count)
+    num_bytes = sum(len(held_out.tokenizer.decode_bytes(piece)) for piece in pieces)
+    twice = reread.reread(engine, pieces, num_bytes / pieces.size)
+    return {
+        "bits_per_byte_first": float(twice.first.mean()),
+        "bits_per_byte_second": float(twice.second.mean()),
+        "second_over_first": float(twice.second.mean() / twice.first.mean()),
+        "pieces": len(pieces),
+        "tokens_per_piece": pieces.shape[1],
     }
 
 

@@ -144,14 +144,12 @@ def test_few_held_out_rows_fill_one_batch_with_padding(texts: Callable[..., str]
 def test_text_read_is_what_the_samples_hold(books: str):
     for fields in ({}, {"recall": RECALL}, {"order": "document"}):
         pipeline = text_of(books, **fields)
-        batches = take(pipeline.batches(0), 6)
+        # With a task mixed in, plain rows stand in for its rows: as if there were none.
+        plain = text_of(books, **{name: v for name, v in fields.items() if name != "recall"})
         expected = [
             bytes(row[valid].tolist())
-            for batch in batches
-            for row, valid, weights in zip(
-                batch.tokens, batch.valid, batch.loss_weights, strict=True
-            )
-            if b"@" not in bytes(row.tolist())  # the books have none; recall rows have several
+            for batch in take(plain.batches(0), 6)
+            for row, valid in zip(batch.tokens, batch.valid, strict=True)
         ]
         read = [piece.tobytes() for piece in pipeline.text_read(24)]
         assert b"".join(read) == b"".join(expected)

@@ -120,3 +120,18 @@ def test_position_edges_ascend_to_the_length(length):
     edges = bits.position_edges(length)
     assert edges[0] == 0 and edges[-1] == length
     assert all(a < b for a, b in itertools.pairwise(edges))
+
+
+def test_the_task_reads_twice(run, subject):
+    """The same numbers from a plain forward pass over the pieces, twice in a row."""
+    found = evaluate(run, task="reread", max_tokens=4 * SEQ_LEN)
+    assert found["pieces"] == 4 and found["tokens_per_piece"] == SEQ_LEN // 2
+    pieces = reread_pieces(subject.held_out(), SEQ_LEN, 4)
+    twice = np.concatenate([pieces, pieces], axis=1)
+    logp = direct_logits(run, twice[:, :-1])
+    each = -np.take_along_axis(logp, twice[:, 1:, None], axis=-1)[..., 0] / math.log(2)
+    half = SEQ_LEN // 2
+    first, second = each[:, : half - 1].mean(), each[:, half:].mean()
+    np.testing.assert_allclose(found["bits_per_byte_first"], first, rtol=1e-4)
+    np.testing.assert_allclose(found["bits_per_byte_second"], second, rtol=1e-4)
+    np.testing.assert_allclose(found["second_over_first"], second / first, rtol=1e-4)

@@ -1,6 +1,8 @@
 """Recall and MQAR: questions, answers, accuracy by distance."""
 
+import dataclasses
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,19 +20,24 @@ def questions(subject):
     return recall.make_questions(task, subject.held_out(), length=SEQ_LEN, num_rows=24)
 
 
-def test_every_answer_was_told_at_its_distance(questions):
-    """Read off the text itself by a regular expression."""
+@pytest.mark.parametrize("times", [1, 3])
+def test_every_answer_was_told_at_its_distance(subject, times):
+    """Read off the text itself by a regular expression. Asking tells as well: what counts is the
+    last time."""
+    task = dataclasses.replace(recall.task_of(subject), num_facts=2, num_queries=2 * times)
+    held_out = subject.held_out()
+    questions = recall.make_questions(task, held_out, length=2 * SEQ_LEN, num_rows=24)
     wanted = []
     for row in range(24):
         text = bytes([*questions.tokens[row].tolist(), int(questions.targets[row, -1])])
         places: dict[bytes, list[int]] = {}
         for found in re.finditer(rb"@([a-z]{2})=([A-Z]{3})\n", text):
             places.setdefault(found[0], []).append(found.start(2))
-        for told, *asked in places.values():
-            wanted += [(row, at - 1, 3, at - told) for at in asked]
+        for lines in places.values():
+            wanted += [(row, at - 1, 3, at - last) for last, at in pairwise(lines)]
     columns = (questions.row, questions.begin, questions.length, questions.distance)
     found = list(zip(*(column.tolist() for column in columns), strict=True))
-    assert len(found) == 48 and sorted(found) == sorted(wanted)
+    assert len(found) == 48 * times and sorted(found) == sorted(wanted)
 
 
 def test_right_is_what_greedy_decoding_would_say(run, subject, questions):
