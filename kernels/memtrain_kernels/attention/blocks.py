@@ -20,6 +20,7 @@ from memtrain_kernels.attention.spec import AttentionSpec
 
 # Measured on CPU, where this backend is the one in use: tiles small enough to stay in the cache.
 _BLOCK = 128
+_BLOCK_SHORT = 64
 _BLOCK_LONG = 256
 _LONG = 1024
 # One tile of this many scores a head and row is cheaper than several: decoding, prefill chunks.
@@ -109,7 +110,13 @@ def make_plan(
 
     if T == 1 or (T <= _BLOCK and T * S <= _ONE_TILE):
         return plan(T, S)
-    block = _BLOCK if max(T, S) <= _LONG else _BLOCK_LONG
+    if max(T, S) > _LONG:
+        block = _BLOCK_LONG
+    elif by_index and spec.window is not None and spec.window <= _BLOCK_SHORT:
+        # A block of queries reads its window rounded up to blocks: a short one wants short blocks.
+        block = _BLOCK_SHORT
+    else:
+        block = _BLOCK
     # Rows of a tile are queries times group; fewer queries keep its size.
     return plan(max(16, block // group), block)
 
