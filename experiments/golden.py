@@ -1,13 +1,13 @@
 """The golden path: every part of memtrain in one small run. `tests/golden` holds it to its word.
 
-A window, full attention and a product-key memory whose table two layers share, on a mesh; it is
-killed, resumes on another mesh, is exported, decodes from its cache and is evaluated. It grows with
-every kind of memory that is built.
+A window, a short convolution, full attention with convolved keys and a product-key memory whose
+table two layers share, on a mesh; it is killed, resumes on another mesh, is exported, decodes from
+its cache and is evaluated. It grows with every kind of memory that is built.
 """
 
 from memtrain.config import Experiment
-from memtrain.data.config import DataConfig, RecallTask
-from memtrain.layers import Attention, Block, ModelConfig, ProductKeyMemory, Window
+from memtrain.data.config import DataConfig, RecallTask, RereadTask
+from memtrain.layers import Attention, Block, ModelConfig, ProductKeyMemory, ShortConv, Window
 from memtrain.parallel.config import MeshConfig
 from memtrain.train.config import OptimizerConfig, TrainConfig
 
@@ -20,12 +20,18 @@ def recipe() -> Experiment:
             dim=64,
             pattern=(
                 Window(16, num_heads=4, num_kv_heads=2, sink_tokens=2),
-                Block(mixer=Attention(num_heads=4, num_kv_heads=2), ffn=table),
+                Block(mixer=ShortConv(3)),
+                Block(
+                    mixer=Attention(num_heads=4, num_kv_heads=2, key_conv=2, induction_init=True),
+                    ffn=table,
+                ),
             ),
             repeats=2,
         ),
         data=DataConfig(
-            path=("stdlib",), recall=RecallTask(share=0.25, num_facts=2, num_queries=2)
+            path=("stdlib",),
+            recall=RecallTask(share=0.25, num_facts=2, num_queries=2),
+            reread=RereadTask(share=0.25, min_len=16),
         ),
         train=TrainConfig(
             num_steps=24,

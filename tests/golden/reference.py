@@ -28,12 +28,20 @@ def rotate(x, theta=10_000.0):
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def convolve(x, taps):
+    """y[t] = sum of taps[i] * x[t - i]."""
+    padded = np.concatenate([np.zeros((len(taps) - 1, x.shape[1])), x])
+    return sum(tap * padded[len(taps) - 1 - i :][: len(x)] for i, tap in enumerate(taps))
+
+
 def attention(x, p, *, heads, kv_heads, window=None, sinks=0):
     T = len(x)
-    split = lambda name, n: (x @ p[f"{name}.weight"]).reshape(T, n, -1)  # noqa: E731
-    q = rotate(rms(split("query", heads), p["query_norm.scale"]))
-    k = rotate(rms(split("key", kv_heads), p["key_norm.scale"]))
-    v = split("value", kv_heads)
+    query, key, value = (x @ p[f"{name}.weight"] for name in ("query", "key", "value"))
+    if "key_conv.taps" in p:
+        key = convolve(key, p["key_conv.taps"])
+    q = rotate(rms(query.reshape(T, heads, -1), p["query_norm.scale"]))
+    k = rotate(rms(key.reshape(T, kv_heads, -1), p["key_norm.scale"]))
+    v = value.reshape(T, kv_heads, -1)
     t, s = np.arange(T)[:, None], np.arange(T)[None]
     visible = s <= t
     if window is not None:
@@ -68,19 +76,24 @@ def product_key(x, p, table, *, top_k):
 
 
 def logits(weights, tokens, *, depth, heads, kv_heads, window, sinks, top_k):
-    """[T, V]. Even layers: windowed attention and SwiGLU; odd: full attention and the table."""
+    """[T, V]. In turn: windowed attention and SwiGLU; a convolution; full attention and the
+    table."""
     w = {name: np.asarray(a, np.float64) for name, a in weights.items()}
     under = lambda prefix: {  # noqa: E731
         n.removeprefix(prefix): a for n, a in w.items() if n.startswith(prefix)
     }
     x = w["embedding"][tokens] * np.sqrt(w["embedding"].shape[1])
     for i in range(depth):
+        kind = ("window", "convolution", "table")[i % 3]
         mixer, ffn = under(f"layers.{i}.mixer."), under(f"layers.{i}.ffn.")
         h = rms(x, w[f"layers.{i}.mixer_norm.scale"])
-        more = {"window": window, "sinks": sinks} if i % 2 == 0 else {}
+        if kind == "convolution":
+            x = x + convolve(h, mixer["taps"])
+            continue
+        more = {"window": window, "sinks": sinks} if kind == "window" else {}
         x = x + attention(h, mixer, heads=heads, kv_heads=kv_heads, **more)
         h = rms(x, w[f"layers.{i}.ffn_norm.scale"])
-        if i % 2 == 0:
+        if kind == "window":
             x = x + swiglu(h, ffn)
         else:
             x = x + product_key(h, ffn, w["tables.memory"], top_k=top_k)

@@ -106,7 +106,7 @@ def test_every_memory_learns(golden):
 
     norms = {n: float(np.abs(g).max()) for n, g in parameters_of(jax.grad(loss)(model)).items()}
     memories = {n: v for n, v in norms.items() if ".layer." in n or n.startswith("tables.")}
-    assert "tables.memory" in memories and len(memories) > 15
+    assert "tables.memory" in memories and sum("taps" in n for n in memories) == 2
     assert min(memories.values()) > 1e-6, memories
 
 
@@ -122,7 +122,7 @@ def test_decoding_reproduces_the_float64_reference(golden):
     expected = _reference().logits(
         weights,
         tokens,
-        depth=4,
+        depth=6,
         heads=4,
         kv_heads=2,
         window=window.window,
