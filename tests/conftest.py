@@ -16,7 +16,13 @@ def _set_jax_defaults() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+        flags = f"{flags} --xla_force_host_platform_device_count=8"
+    # Machine code that LLVM has not optimised takes a third of the time to make, and most of a test
+    # run is that. `tools/test --slow` runs the code that users run.
+    optimized = os.environ.get("MEMTRAIN_TEST_OPTIMIZED") == "1"
+    if not optimized and "xla_backend_optimization_level" not in flags:
+        flags = f"{flags} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = flags.strip()
     # jax writes entries in place, so each worker keeps a folder of its own: a reader never meets
     # half an entry. The host is in the name since compiled code is for one kind of CPU.
     worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")

@@ -72,7 +72,13 @@ def _reread_panels(part: Any, measured: Measured, settings: Sequence[str]) -> No
     )
     panels = part.subplots(1, len(settings), sharey=True, squeeze=False)[0]
     x = np.arange(1, length)
-    top = 0.0
+    width = max(5, length // 8)
+    upper = [
+        np.percentile(smoothed(values, width), 75, axis=0)[length // 16 :].max()
+        for name in settings
+        for values in (measured.reread[name].first, measured.reread[name].second)
+    ]
+    top = 1.3 * float(max(upper))
     for panel, name in zip(panels, settings, strict=True):
         found, colour = measured.reread[name], colour_of(measured.settings, name)
         ends = []
@@ -80,13 +86,12 @@ def _reread_panels(part: Any, measured: Measured, settings: Sequence[str]) -> No
             (found.first, FIRST, "--", "first"),
             (found.second, colour, "-", "second"),
         ):
-            rows = smoothed(values, max(5, length // 8))
+            rows = smoothed(values, width)
             low, high = np.percentile(rows, [25, 75], axis=0)
             panel.fill_between(x, low, high, color=line_colour, alpha=0.16, linewidth=0)
             mean = rows.mean(axis=0)
             panel.plot(x, mean, color=line_colour, linestyle=style)
             ends.append((mean, line_colour, text))
-            top = max(top, float(high[length // 16 :].max()))
         first, second = float(found.first.mean()), float(found.second.mean())
         panel.set_title(title_of(name), color=colour if name != ALL else INK)
         panel.set_xlabel("position in the file")
@@ -106,6 +111,8 @@ def _reread_panels(part: Any, measured: Measured, settings: Sequence[str]) -> No
         middle = slice(length // 3, max(length // 3 + 1, 2 * length // 3))
         at = middle.start + int(np.argmax(np.abs(gap[middle])))
         for (mean, line_colour, text), above in zip(ends, (gap[at] >= 0, gap[at] < 0), strict=True):
+            # A line near the bottom leaves no room below itself, and has it above.
+            above = above or mean[at] < 0.12 * top
             panel.annotate(
                 f"{text} reading",
                 (x[at], mean[at]),
@@ -118,7 +125,7 @@ def _reread_panels(part: Any, measured: Measured, settings: Sequence[str]) -> No
                 fontweight="bold",
             )
     panels[0].set_ylabel("bits per byte")
-    panels[0].set_ylim(0, top * 1.3)
+    panels[0].set_ylim(0, top)
 
 
 def _distance_panel(panel: Axes, measured: Measured) -> None:

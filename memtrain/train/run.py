@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from memtrain.config import Experiment, check_resume, resolve_horizon
@@ -156,7 +157,7 @@ class _Loop:
         )
         losses: list[jax.Array] = []
         pending: tuple[int, int, dict[str, jax.Array]] | None = None
-        while step < config.num_steps and not stop.asked:
+        while step < config.num_steps and not stop.asked_at(step):
             batch = next(batches)
             with self.profiler.step(step):
                 state, metrics = train_step(state, batch)
@@ -295,13 +296,26 @@ class _Loop:
 
 
 class _Stop:
-    """SIGTERM (preemption) and SIGINT ask for a stop at the next step; a second acts at once."""
+    """SIGTERM (preemption) and SIGINT ask for a stop at the next step; a second acts at once.
+
+    In a job of several processes the first SIGTERM to any of them stops all at the same step: JAX
+    takes the signal and agrees on the step, so it is left to JAX there.
+    """
 
     def __init__(self):
         self.asked: str | None = None
         self._before: dict[int, Any] = {}
+        self._is_alone = jax.process_count() == 1
+
+    def asked_at(self, step: int) -> bool:
+        """Whether to stop before `step`. Called for every step, by every process."""
+        if not self._is_alone and multihost_utils.reached_preemption_sync_point(step):
+            self.asked = "SIGTERM"
+        return self.asked is not None
 
     def __enter__(self) -> _Stop:
+        if not self._is_alone:
+            return self
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._ask)

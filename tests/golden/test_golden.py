@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from xla_flags import with_devices
 
 import memtrain_kernels
 from memtrain.config import Experiment, override
@@ -67,7 +68,7 @@ def _train_and_kill(run: Path) -> None:
     child = subprocess.Popen(
         [sys.executable, "-m", "memtrain", "train", str(RECIPE), "--run-dir", str(run)],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=os.environ | {"XLA_FLAGS": with_devices(8)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

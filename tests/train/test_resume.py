@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from xla_flags import with_devices
 
 from memtrain.config import override
 from memtrain.errors import BadInput, CheckpointError, Preempted
@@ -110,7 +111,7 @@ def _run_and_kill(run: Path, *, after_step: int, delay: float) -> int:
         [sys.executable, "-u", "-m", "memtrain", "train", str(RECIPE), "--run-dir", str(run)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": with_devices(1)},
         text=True,
     )
     with child:
