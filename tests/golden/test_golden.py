@@ -25,6 +25,7 @@ from memtrain.decode.export import export
 from memtrain.evaluate.run import evaluate
 from memtrain.memory.protocol import Context
 from memtrain.model.loss import cross_entropy_sum
+from memtrain.model.parameters import parameters_of
 from memtrain.recipe import load_recipe
 from memtrain.train.load import load_model
 from memtrain.train.metrics import read_lines
@@ -103,9 +104,8 @@ def test_every_memory_learns(golden):
             hidden[:, :-1], model.head(), tokens[:, 1:], np.ones((2, 95), np.float32), 64
         )
 
-    from memtrain.model.parameters import parameters_of
-
-    norms = {n: float(np.abs(g).max()) for n, g in parameters_of(jax.grad(loss)(model)).items()}
+    gradient = jax.jit(jax.grad(loss))(model)
+    norms = {n: float(np.abs(g).max()) for n, g in parameters_of(gradient).items()}
     memories = {n: v for n, v in norms.items() if ".layer." in n or n.startswith("tables.")}
     assert "tables.memory" in memories and sum("taps" in n for n in memories) == 2
     assert min(memories.values()) > 1e-6, memories
@@ -152,8 +152,8 @@ def test_the_artifact_is_the_trained_model(golden):
     experiment, run, path = golden
     model, artifact = load_model(run).model, Artifact.load(path)
     tokens = np.arange(48, dtype=np.int32)[None] % 251
-    hidden, _, _ = model(tokens, None, Context.of_documents(1, 48))
-    stacked = artifact.stacked_model()
-    again, _, _ = stacked(tokens, None, Context.of_documents(1, 48))
+    # One program for both: what is compared are the parameters.
+    forward = jax.jit(lambda model: model(tokens, None, Context.of_documents(1, 48))[0])
+    hidden, again = forward(model), forward(artifact.stacked_model())
     np.testing.assert_array_equal(np.asarray(hidden), np.asarray(again))
     assert dataclasses.replace(artifact.experiment.mesh) == experiment.mesh

@@ -12,19 +12,27 @@ import numpy as np
 import pytest
 from xla_flags import with_devices
 
+from memtrain.config import override
+from memtrain.recipe import load_recipe
 from memtrain.train.metrics import read_lines
+from memtrain.train.run import train
 
 
 pytestmark = pytest.mark.full
 RECIPE = Path(__file__).parents[1] / "helpers" / "tiny_recipe.py"
 STEPS = 24
+CHANGES = [
+    "mesh.fsdp=2",
+    f"train.num_steps={STEPS}",
+    "train.log_every_steps=1",
+    "train.checkpoint_every_steps=100",
+]
 
 
 def command(run: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "memtrain", "train", str(RECIPE), "--run-dir", str(run), "--set"),
-        *("mesh.data=1", "mesh.fsdp=2", f"train.num_steps={STEPS}", "train.log_every_steps=1"),
-        "train.checkpoint_every_steps=100",
+        *CHANGES,
     ]
 
 
@@ -61,13 +69,8 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def test_two_processes_train_stop_together_and_go_on(tmp_path):
-    alone = subprocess.run(
-        command(tmp_path / "alone"),
-        env=os.environ | {"XLA_FLAGS": with_devices(2)},
-        capture_output=True,
-        text=True,
-    )
-    assert alone.returncode == 0, alone.stderr
+    experiment = override(load_recipe(str(RECIPE)), CHANGES)
+    train(experiment, tmp_path / "alone", progress=lambda line: None)
     run = tmp_path / "run"
     job = start_job(run)
     while not (run / "metrics.jsonl").exists() or max(losses(run), default=0) < 3:
