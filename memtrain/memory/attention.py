@@ -217,7 +217,11 @@ class Attention(Memory):
         rank = jnp.cumsum(ctx.valid, axis=1, dtype=jnp.int32) - 1
         slot = jnp.where(ctx.valid, state["length"][:, None] + rank, slots)
         length = state["length"] + rank[:, -1] + 1
-        written = _write(state, "", slot, k, v, ctx.positions, documents)
+        # Written once, and only then read: XLA would fuse a single token's write into each reader,
+        # which then holds a copy of the cache.
+        written = jax.lax.optimization_barrier(
+            _write(state, "", slot, k, v, ctx.positions, documents)
+        )
         return {**written, "length": length, "overflow": state["overflow"] | (length > slots)}
 
     def _seen_by_chunk(self, state: State, k, v, documents, ctx: Context) -> dict[str, Array]:

@@ -1,11 +1,15 @@
 """The engine against the training path, which keeps no state."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+from xla_flags import with_devices
 
 from memtrain.decode.engine import Engine
 from memtrain.decode.golden import training_logits
@@ -178,6 +182,37 @@ def test_a_step_copies_neither_cache_nor_parameters(capsys):
     with capsys.disabled():
         print(f" [step with a 32 MiB cache: {1e3 * min(times):.1f} ms]", end="")
     assert min(times) < 1
+
+
+ONE_DEVICE = """
+from flax import nnx
+from memtrain.decode.engine import Engine
+from memtrain.layers import Attention, Block, ModelConfig
+from memtrain.model.language_model import LanguageModel
+
+for kv_heads in (2, 4):
+    mixer = Attention(num_heads=4, num_kv_heads=kv_heads, key_conv=2)
+    config = ModelConfig(dim=64, pattern=(Block(mixer=mixer),))
+    model = LanguageModel(config, vocab_size=32, rngs=nnx.Rngs(0))
+    for batch in (1, 3):
+        memory = Engine(model, batch=batch, capacity=16384).step_memory()
+        print(kv_heads, batch, memory["temporaries"] / memory["in_place"])
+"""
+
+
+def test_a_step_of_one_layer_on_one_device_copies_no_cache():
+    """The form of attention that one device takes, at the batch sizes that XLA treats apart."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ONE_DEVICE],
+        env=os.environ | {"XLA_FLAGS": with_devices(1)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    rows = [line.split() for line in ended.stdout.splitlines()]
+    assert len(rows) == 4
+    for kv_heads, batch, share in rows:
+        assert float(share) < 0.25, f"{kv_heads} kv heads, {batch} rows: {share} of the state"
 
 
 def test_arguments_that_make_no_engine(model):

@@ -45,7 +45,9 @@ def forward(
     own_K1K1 = jnp.eye(K, dtype=bool)[:, None, :, None]
     q_BTKGKD = jnp.where(own_K1K1, q_BTHD.reshape(B, T, K, G, 1, D), 0)
     q_BTHX = q_BTKGKD.reshape(B, T, H, K * D)
-    s_BTHS = tiles.product("bthx,bsx->bths", q_BTHX, k_BSKD.reshape(B, S, K * D))
+    # Keys first: with one row and the queries first, XLA on CPU lays the whole cache out anew.
+    s_BSTH = tiles.product("bsx,bthx->bsth", k_BSKD.reshape(B, S, K * D), q_BTHX)
+    s_BTHS = s_BSTH.transpose(0, 2, 3, 1)
     s_BTHS = tiles.cap(plan.spec, scaling, s_BTHS)
     s_BTHS = jnp.minimum(s_BTHS, tiles.ceiling(plan.spec, tokens, s_BTHS.dtype)[:, :, None])
     m_BTH1 = jnp.max(s_BTHS, axis=-1, keepdims=True)
