@@ -1,4 +1,5 @@
-"""Defaults of every test run: eight CPU devices, a compilation cache, reproducible draws.
+"""Defaults of every test run: eight CPU devices, a compilation cache, reproducible draws, and
+shapes checked at every call.
 
 Set before anything imports jax; what the caller has set in the environment stays.
 """
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
 
 def _set_jax_defaults() -> None:
@@ -35,6 +37,25 @@ def _set_jax_defaults() -> None:
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could set the number of devices")
 _set_jax_defaults()
+
+
+def _check_shapes() -> None:
+    """Every function with jaxtyping in its signature checks its arguments and result by beartype.
+
+    Not where pytrees are declared, a `Context` or a `TrainState`: what transformations put into
+    their fields (shardings, specs, host arrays) is no array of that shape.
+    """
+    root = Path(__file__).parents[1]
+    modules = [
+        ".".join(path.relative_to(root).with_suffix("").parts)
+        for path in sorted((root / "memtrain").rglob("*.py"))
+        if "from jaxtyping import" in path.read_text(encoding="utf-8")
+    ]
+    pytrees = {"memtrain.memory.protocol", "memtrain.train.state"}
+    install_import_hook(sorted({*modules} - pytrees), "shape_checks.check")
+
+
+_check_shapes()
 
 settings.register_profile("memtrain", derandomize=True, deadline=None, database=None)
 settings.load_profile("memtrain")

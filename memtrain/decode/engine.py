@@ -219,7 +219,9 @@ class Engine:
                 )
         return self.logits
 
-    def step(self, tokens: Int[Any, "B"], *, starts: Any = None) -> Float[Array, "B V"]:
+    def step(
+        self, tokens: Int[Any, "B"] | Sequence[Any], *, starts: Any = None
+    ) -> Float[Array, "B V"]:
         """Reads one token a row and gives the logits after it. Tokens may be on the device."""
         if np.shape(tokens) != (self.batch,):
             raise BadInput(f"step: give {self.batch} tokens, not {np.shape(tokens)}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from memtrain.errors import BadInput
 
@@ -59,8 +59,8 @@ def kept_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array,
 
 def sample(
     logits: Float[Array, "B V"],
-    seed: Int[Array, ""],
-    step: Int[Array, ""],
+    seed: Integer[Array, ""],
+    step: Integer[Array, ""],
     sampling: Sampling,
     *,
     num_tokens: int | None = None,

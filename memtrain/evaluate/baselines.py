@@ -23,7 +23,7 @@ MAX_ORDER = 3
 MAX_TRAIN_BYTES = 1 << 26
 """Sorting more takes too long for a report."""
 
-Piece = tuple[UInt8[np.ndarray, "h"], UInt8[np.ndarray, "n"]]
+Piece = tuple[UInt8[np.ndarray, "_history"], UInt8[np.ndarray, "_targets"]]
 """Bytes that are known, and those after them that are to be predicted."""
 
 
@@ -46,7 +46,7 @@ class MarkovModels:
     Takes about 12 bytes and 0.2 microseconds a byte and order.
     """
 
-    def __init__(self, pieces: Iterable[UInt8[np.ndarray, "n"]], max_order: int = MAX_ORDER):
+    def __init__(self, pieces: Iterable[UInt8[np.ndarray, "_targets"]], max_order: int = MAX_ORDER):
         if not 0 <= max_order <= MAX_ORDER:
             raise ValueError(f"max_order={max_order} must be between 0 and {MAX_ORDER}")
         pieces = [np.asarray(piece, np.uint8) for piece in pieces if len(piece)]
@@ -109,7 +109,7 @@ def xz_bits_per_byte(files: Sequence[bytes]) -> float:
     return 8 * compressed / sum(map(len, files))
 
 
-def _grams(data: UInt8[np.ndarray, "n"], order: int) -> UInt32[np.ndarray, "n"]:
+def _grams(data: UInt8[np.ndarray, "_targets"], order: int) -> UInt32[np.ndarray, "n"]:
     """Each byte with the `order` bytes before it, packed; zeros stand before the first byte."""
     packed = np.zeros(len(data), np.uint32)
     for back in range(min(order + 1, len(data))):

@@ -27,7 +27,7 @@ def _turns_per_token(half_dim: int, theta: float) -> tuple[np.ndarray, np.ndarra
 
 
 def rope_phases(
-    positions: Int[Array, "B T"], half_dim: int, theta: float
+    positions: Int[Array | np.ndarray, "B T"], half_dim: int, theta: float
 ) -> Float[Array, "B T half_dim"]:
     """Angles in radians in [-pi, pi), float32."""
     high, low = (jnp.asarray(part) for part in _turns_per_token(half_dim, theta))
@@ -42,7 +42,7 @@ def rope_phases(
 
 
 def apply_rope(
-    x: Float[Array, "B T H D"], positions: Int[Array, "B T"], theta: float
+    x: Float[Array, "B T H D"], positions: Int[Array | np.ndarray, "B T"], theta: float
 ) -> Float[Array, "B T H D"]:
     """Rotates feature i with feature i + D/2 by the phase of i. D is even; computed in float32."""
     phases = rope_phases(positions, x.shape[-1] // 2, theta)[:, :, None, :]

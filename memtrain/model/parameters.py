@@ -75,8 +75,8 @@ class Skeleton:
         model = LanguageModel(self.config, vocab_size=self.vocab_size, rngs=nnx.Rngs(key))
         return parameters_of(model)
 
-    def merge(self, parameters: Mapping[str, Array]) -> LanguageModel:
-        """The model with these parameters."""
+    def merge(self, parameters: Mapping[str, Any]) -> LanguageModel:
+        """The model with these parameters, or with their shapes where those are given."""
         flat = {
             path: variable.replace(parameters[_name(path)])
             for path, variable in self.variables.items()

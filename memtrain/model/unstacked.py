@@ -47,7 +47,7 @@ class Unstacked:
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Array | np.ndarray, "B T"],
         state: list[dict[str, Any]] | None,
         ctx: Context,
         *,
