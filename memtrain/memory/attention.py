@@ -99,7 +99,7 @@ class Attention(Memory):
         if config.induction_init:
             group = self.num_heads // self.num_kv_heads
             heads = self.query.weight[...].reshape(dim, self.num_kv_heads, group, self.head_dim)
-            self.key.weight = self.key.weight.replace(heads[:, :, 0].reshape(dim, kv_dim))
+            self.key.weight.set_value(heads[:, :, 0].reshape(dim, kv_dim))
         if config.qk_norm:
             self.query_norm = RMSNorm(self.head_dim, dtypes=dtypes)
             self.key_norm = RMSNorm(self.head_dim, dtypes=dtypes)

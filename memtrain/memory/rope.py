@@ -31,13 +31,13 @@ def rope_phases(
 ) -> Float[Array, "B T half_dim"]:
     """Angles in radians in [-pi, pi), float32."""
     high, low = (jnp.asarray(part) for part in _turns_per_token(half_dim, theta))
-    p = positions.astype(jnp.uint32)[..., None]
+    p = jnp.asarray(positions).astype(jnp.uint32)[..., None]
     # The upper 32 bits of p * low, by 16-bit halves: uint32 products wrap, and wrap is the modulus.
     p1, p0 = p >> 16, p & 0xFFFF
     l1, l0 = low >> 16, low & 0xFFFF
     middle = p1 * l0 + ((p0 * l0) >> 16)
     carry = p0 * l1 + (middle & 0xFFFF)
-    turn = p * high + p1 * l1 + (middle >> 16) + (carry >> 16)
+    turn: Array = p * high + p1 * l1 + (middle >> 16) + (carry >> 16)
     return turn.astype(jnp.int32).astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
 
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -47,7 +48,7 @@ def _logits(hidden, unembedding, matmul):
 def cross_entropy_sum(
     hidden: Float[Array, "B T D"],
     unembedding: Float[Array, "V D"],
-    targets: Int[Array, "B T"],
+    targets: Int[Array | np.ndarray, "B T"],
     weights: Float[Array, "B T"],
     chunk_tokens: int = 2048,
     matmul: str = "float32",
@@ -103,7 +104,7 @@ cross_entropy_sum.defvjp(_forward, _backward)
 def token_losses(
     hidden: Float[Array, "B T D"],
     unembedding: Float[Array, "V D"],
-    targets: Int[Array, "B T"],
+    targets: Int[Array | np.ndarray, "B T"],
     chunk_tokens: int = 2048,
     matmul: str = "float32",
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:

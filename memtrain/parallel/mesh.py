@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +44,7 @@ def initialize_distributed() -> None:
         jax.distributed.initialize()
 
 
-def mesh_of(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def mesh_of(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh `data x fsdp x context x tensor` over the first devices of the job.
 
     Raises BadInput where there are too few devices, or an axis is asked for that nothing serves

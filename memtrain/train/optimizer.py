@@ -7,6 +7,7 @@ all the rest, of which only matrices are decayed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,23 +72,32 @@ def optimizer_of(
     if not 0 <= config.decay_fraction <= 1:
         raise BadInput(f"optimizer.decay_fraction={config.decay_fraction} must be between 0 and 1")
 
+    def decayed(tree: Any) -> dict[str, bool]:
+        return {name: is_matrix(name, axes[name]) for name in tree}
+
     def chain(clip: float | None, *rest: optax.GradientTransformation):
         first = [] if clip is None else [optax.clip_by_global_norm(clip)]
         return optax.chain(*first, *rest)
 
-    betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
     main = chain(
         config.clip_norm,
         optax.adamw(
             schedule_of(config, config.learning_rate, num_steps),
-            **betas,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
             weight_decay=config.weight_decay,
-            mask=lambda tree: {name: is_matrix(name, axes[name]) for name in tree},
+            mask=decayed,
         ),
     )
     table = chain(
         config.table_clip_norm,
-        optax.adam(schedule_of(config, config.table_learning_rate, num_steps), **betas),
+        optax.adam(
+            schedule_of(config, config.table_learning_rate, num_steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+        ),
     )
     return optax.partition(
         {"main": main, "table": table, "frozen": optax.set_to_zero()}, dict(groups)

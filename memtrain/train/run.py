@@ -167,9 +167,7 @@ class _Loop:
                 self.say(f"first step after {self.clock.elapsed():.1f}s")
                 self.clock.lap()
             # Metrics are read one step late, so that the devices never wait for the host.
-            if pending is not None:
-                self.log(*pending, losses)
-                pending = None
+            pending = self.flush(pending, losses)
             losses.append(metrics["train/loss"])
             if step % config.log_every_steps == 0 or step == config.num_steps:
                 pending = (step, len(losses), metrics)
@@ -196,7 +194,8 @@ class _Loop:
 
     def flush(self, pending, losses: list[jax.Array]) -> None:
         if pending is not None:
-            self.log(*pending, losses)
+            step, count, metrics = pending
+            self.log(step, count, metrics, losses)
 
     def log(self, step: int, count: int, metrics: dict[str, jax.Array], losses: list) -> None:
         """One dense line, and one of metrics.jsonl. `count` losses are of this interval."""

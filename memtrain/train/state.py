@@ -118,13 +118,17 @@ class Plan:
     def shardings(self) -> TrainState:
         """Where each array of the state lives. Optimizer moments live with their parameter."""
         shapes, mesh = self.shapes(), self.mesh
-        parameters = self.skeleton.shardings(mesh)
-        everywhere = replicated(mesh)
+        parameters: Any = self.skeleton.shardings(mesh)
+        everywhere: Any = replicated(mesh)
 
         def of_moment(path, leaf):
             for entry in path:
                 name = getattr(entry, "key", None)
-                if name in parameters and leaf.shape == shapes.parameters[name].shape:
+                if (
+                    isinstance(name, str)
+                    and name in parameters
+                    and leaf.shape == shapes.parameters[name].shape
+                ):
                     return parameters[name]
             return everywhere
 

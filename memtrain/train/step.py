@@ -126,18 +126,18 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
     shardings = plan.shardings()
     return jax.jit(
         train_step,
-        in_shardings=(shardings, Batch(*[batch_sharding(plan.mesh)] * len(Batch._fields))),
+        in_shardings=(shardings, _batch_shardings(plan)),
         out_shardings=(shardings, replicated(plan.mesh)),
         donate_argnums=0,
     )
 
 
-def make_evaluation_step(plan: Plan) -> Callable[[Any, Batch], dict[str, Array]]:
+def make_evaluation_step(plan: Plan) -> Callable[[Any, Batch], dict[str, Any]]:
     """Sums over a held-out batch: `nll` and `weight` in all, and of each position of the row."""
     model_config = plan.experiment.model
     chunk, matmul = model_config.loss_chunk_tokens, model_config.dtypes.matmul
 
-    def evaluation_step(parameters, batch: Batch) -> dict[str, Array]:
+    def evaluation_step(parameters, batch: Batch) -> dict[str, Any]:
         model = plan.skeleton.merge(parameters)
         hidden, _, aux = model(batch.tokens, None, context_of(batch, want_metrics=True))
         nll, correct = token_losses(hidden, model.head(), batch.targets, chunk, matmul)
@@ -153,12 +153,15 @@ def make_evaluation_step(plan: Plan) -> Callable[[Any, Batch], dict[str, Array]]
 
     return jax.jit(
         evaluation_step,
-        in_shardings=(
-            plan.skeleton.shardings(plan.mesh),
-            Batch(*[batch_sharding(plan.mesh)] * len(Batch._fields)),
-        ),
+        in_shardings=(plan.skeleton.shardings(plan.mesh), _batch_shardings(plan)),
         out_shardings=replicated(plan.mesh),
     )
+
+
+def _batch_shardings(plan: Plan) -> Any:
+    """A Batch of shardings."""
+    each: Any = batch_sharding(plan.mesh)
+    return Batch(*[each] * len(Batch._fields))
 
 
 def _each_aux(aux: list[dict[str, Aux]]):

@@ -6,7 +6,7 @@ Reads parameters by name from the artifact's safetensors. Knows nothing of memtr
 import numpy as np
 
 
-def rms(x, scale=1.0):
+def rms(x, scale=np.ones(())):  # noqa: B008
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
 
 
@@ -31,7 +31,8 @@ def rotate(x, theta=10_000.0):
 def convolve(x, taps):
     """y[t] = sum of taps[i] * x[t - i]."""
     padded = np.concatenate([np.zeros((len(taps) - 1, x.shape[1])), x])
-    return sum(tap * padded[len(taps) - 1 - i :][: len(x)] for i, tap in enumerate(taps))
+    shifted = [padded[len(taps) - 1 - i :][: len(x)] for i in range(len(taps))]
+    return np.einsum("id,itd->td", taps, np.stack(shifted))
 
 
 def attention(x, p, *, heads, kv_heads, window=None, sinks=0):

@@ -1,6 +1,7 @@
 """The train step: loss, accumulation, skipping, freezing, carry. Oracles are written out here."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -188,7 +189,8 @@ def test_learning_rate_schedules_by_hand():
     from memtrain.train.optimizer import schedule_of
 
     cosine = schedule_of(OptimizerConfig(warmup_steps=4, final_fraction=0.1), 1.0, 24)
-    np.testing.assert_allclose([cosine(i) for i in range(4)], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
+    found = np.array([cosine(i) for i in range(4)], np.float32)
+    np.testing.assert_allclose(found, [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
     np.testing.assert_allclose(cosine(14), 0.1 + 0.9 * 0.5, rtol=1e-5)
     np.testing.assert_allclose(cosine(24), 0.1, rtol=1e-5)
     wsd = schedule_of(
@@ -196,7 +198,8 @@ def test_learning_rate_schedules_by_hand():
         2.0,
         40,
     )
-    np.testing.assert_allclose([wsd(10), wsd(29), wsd(35), wsd(40)], [2, 2, 1, 0], atol=1e-6)
+    found = np.array([wsd(i) for i in (10, 29, 35, 40)], np.float32)
+    np.testing.assert_allclose(found, [2, 2, 1, 0], atol=1e-6)
     held = schedule_of(OptimizerConfig(warmup_steps=0, horizon_steps=10), 1.0, 99)
     np.testing.assert_allclose(held(10), 0.1, rtol=1e-5)
 
@@ -206,7 +209,7 @@ def test_optimizer_moments_live_with_their_parameter():
 
     plan = tiny.plan_of(tiny.experiment(mesh=MeshConfig(data=2, fsdp=4)))
     state = plan.init()
-    where = {n: a.sharding for n, a in state.parameters.items()}
+    where: dict[str, Any] = {n: a.sharding for n, a in state.parameters.items()}
     assert tuple(where["tables.memory"].spec) == ("fsdp", None)
     found = 0
     flat, _ = jax.tree_util.tree_flatten_with_path(state.optimizer)

@@ -94,7 +94,7 @@ def main() -> None:
 
     found = versions()
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         print("PyTorch is not installed here: memtrain alone is timed")
     else:

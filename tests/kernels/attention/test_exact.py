@@ -44,7 +44,7 @@ def test_a_key_that_is_not_seen_moves_not_one_bit(form, monkeypatch):
     spec = AttentionSpec(ordered=form == "unrolled", soft_cap=5.0, block_kv=None if T == 1 else 8)
     q, k, v = draw(rng, 2, T, 2, 8), draw(rng, 2, S, 2, 8), draw(rng, 2, S, 2, 8)
     d_out = draw(rng, 2, T, 2, 8)
-    run = jax.jit(lambda *a: everything(spec, *a, tokens))
+    run = jax.jit(lambda q, k, v, d: everything(spec, q, k, v, d, tokens))
 
     before = run(q, k, v, d_out)
     first = (segments == [[0], [0]])[..., None, None]  # the first document of each row
