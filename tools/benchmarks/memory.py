@@ -22,8 +22,8 @@ from common import write
 class Options:
     recipe: tyro.conf.Positional[str] = "experiments/quickstart.py"
     steps: int = 500
-    settle: int = 100
-    """Steps that are left out: pools fill, the first checkpoint and evaluation compile."""
+    settle: int = 150
+    """Steps that are left out: pools fill until two checkpoints and evaluations have been."""
     set: tuple[str, ...] = (
         "train.batch_size=4",
         "train.seq_len=256",
