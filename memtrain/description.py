@@ -17,6 +17,25 @@ if TYPE_CHECKING:
 DtypeName = Literal["float32", "bfloat16"]
 
 
+def at_least(config: Any, section: str, least: dict[str, int]) -> None:
+    """Raises ValueError for a field below its least value. None, and what is no number, passes: of
+    the one the field's type decides, the other is named when types are checked.
+    """
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value < bound:
+            prefix = f"{section}." if section else ""
+            raise ValueError(f"{prefix}{name}={value}: it takes {bound} or more")
+
+
+def above_zero(config: Any, section: str, name: str) -> None:
+    """Raises ValueError for a field that is zero, negative or no number; None passes."""
+    value = getattr(config, name)
+    if isinstance(value, int | float) and not value > 0:
+        prefix = f"{section}." if section else ""
+        raise ValueError(f"{prefix}{name}={value}: it takes more than 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dtypes:
     """Dtypes by role. They come from here, never from the dtype of an input."""

@@ -459,10 +459,10 @@ def test_the_schedule_keeps_its_length():
         (["train.batch_size=2", "mesh.data=4"], "train.batch_size=2 cannot be divided into 4"),
         (["train.accumulation_steps=3"], "train.batch_size=16 cannot be divided into 3"),
         (["mesh.data=0"], "mesh.data=0 must be a whole number of at least 1"),
-        (["train.seq_len=0"], "train.seq_len=0 must be a whole number of at least 1"),
+        (["train.seq_len=0"], "train.seq_len=0: it takes 1 or more"),
         (["train.carry=stop"], 'train.carry="stop" carries the memory'),
         (["name=a/b"], "name='a/b' must be usable as the name of a folder"),
-        (["model.repeats=0"], "model.repeats=0 must be at least 1"),
+        (["model.repeats=0"], "model.repeats=0: it takes 1 or more"),
     ],
 )
 def test_sections_that_do_not_fit_are_refused(sets: list[str], said: str):

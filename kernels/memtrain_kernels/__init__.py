@@ -1,6 +1,7 @@
 """Array kernels for models that remember: attention and memory lookup. Depends on jax alone."""
 
 from memtrain_kernels.attention import (
+    BACKENDS,
     AttentionSpec,
     attention,
     backend_counts,
@@ -12,6 +13,7 @@ from memtrain_kernels.lookup import product_key_topk, weighted_gather
 
 
 __all__ = [
+    "BACKENDS",
     "AttentionSpec",
     "attention",
     "backend_counts",

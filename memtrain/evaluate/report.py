@@ -17,6 +17,7 @@ from memtrain.evaluate import figures, plots
 from memtrain.evaluate.measure import ALL, Budget, Measured, measure
 from memtrain.evaluate.page import Markup, Page, escape, said, slot_rows
 from memtrain.evaluate.subject import Subject
+from memtrain.files import write_whole
 from memtrain.train import metrics, records
 
 
@@ -59,8 +60,8 @@ def report(
     folder = run / FIGURES
     folder.mkdir(exist_ok=True)
     for name, image in images.items():
-        _write(folder / f"{name}.png", image)
-    _write(run / REPORT, page.render().encode("utf-8"))
+        write_whole(folder / f"{name}.png", image)
+    write_whole(run / REPORT, page.render().encode("utf-8"))
     return {
         **numbers(measured),
         "report": str(run / REPORT),
@@ -312,10 +313,3 @@ def _setup(page: Page, run: Path, measured: Measured, lines: list[dict]) -> None
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else str(value)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(content)
-    os.replace(scratch, path)

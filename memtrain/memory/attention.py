@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from memtrain.description import BuildContext, LayerDescription
+from memtrain.description import BuildContext, LayerDescription, above_zero, at_least
 from memtrain.memory.primitives import Linear, RMSNorm
 from memtrain.memory.protocol import Aux, Context, LeafSpec, Memory, State, token_documents
 from memtrain.memory.rope import apply_rope
 from memtrain.memory.short_conv import ShortConv, ShortConvConfig
-from memtrain_kernels import AttentionSpec, attention
+from memtrain_kernels import BACKENDS, AttentionSpec, attention
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class AttentionConfig(LayerDescription):
     """Kernel backend by name; chosen for the device unless given."""
 
     def __post_init__(self):
+        at_least(self, "", {"num_heads": 1, "num_kv_heads": 1, "head_dim": 1, "sink_tokens": 0})
+        above_zero(self, "", "soft_cap")
+        above_zero(self, "", "rope_theta")
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ValueError(f"backend={self.backend!r}: there are {', '.join(BACKENDS)}")
         kv_heads = self.num_kv_heads or self.num_heads
         if self.num_heads % kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of {kv_heads} kv heads")
@@ -81,8 +86,13 @@ class Attention(Memory):
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads or config.num_heads
         self.head_dim = config.head_dim or dim // config.num_heads
+        if self.head_dim < 1:
+            raise ValueError(f"num_heads={config.num_heads}: a width of {dim} has no more heads")
         if config.rope_theta is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
+            raise ValueError(
+                f"head_dim={self.head_dim} must be even for rotary positions: give an even "
+                "head_dim, other num_heads, or rope_theta=None"
+            )
         query_dim, kv_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         linear = lambda *dims, axes, scale=1.0: Linear(  # noqa: E731
             *dims, axes=axes, dtypes=dtypes, rngs=rngs, scale=scale
@@ -281,6 +291,8 @@ class Attention(Memory):
 
     def rollback(self, state: State, tokens: int) -> State:
         """The state before the newest `tokens` tokens. Offered without a window only."""
+        if tokens == 0:
+            return state
         if tokens > self.rollback_slack:
             what = "ring buffer" if self.config.window is not None else "convolution"
             raise ValueError(f"a {what} has overwritten what a rollback would bring back")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from memtrain.description import BuildContext, LayerDescription, TableSpec
+from memtrain.description import BuildContext, LayerDescription, TableSpec, at_least
 from memtrain.memory.primitives import Linear, rms_normalize
 from memtrain.memory.protocol import Aux, Context, Memory, State
 from memtrain_kernels import product_key_topk, weighted_gather
@@ -43,6 +43,7 @@ class ProductKeyMemoryConfig(LayerDescription):
     """Name of the value table. Layers that name the same table share it."""
 
     def __post_init__(self):
+        at_least(self, "", {"num_slots": 1, "num_heads": 1, "key_dim": 2, "value_dim": 1})
         root = math.isqrt(self.num_slots)
         if root * root != self.num_slots:
             raise ValueError(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from memtrain.description import BuildContext, LayerDescription
+from memtrain.description import BuildContext, LayerDescription, at_least
 from memtrain.memory.protocol import Aux, Context, LeafSpec, Memory, State, token_documents
 
 
@@ -30,8 +30,7 @@ class ShortConvConfig(LayerDescription):
     """Start as a shift by one token; as a random mix otherwise."""
 
     def __post_init__(self):
-        if self.size < 2:
-            raise ValueError(f"size={self.size}: a convolution mixes 2 tokens or more")
+        at_least(self, "", {"size": 2})
 
     def build(self, context: BuildContext, *, rngs: nnx.Rngs) -> ShortConv:
         return ShortConv(self, context, rngs=rngs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from memtrain.description import Dtypes, LayerDescription
+from memtrain.description import Dtypes, LayerDescription, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,5 @@ class ModelConfig:
     """Tokens whose logits exist at the same time."""
 
     def __post_init__(self):
-        if self.repeats < 1:
-            raise ValueError(f"model.repeats={self.repeats} must be at least 1")
-        if self.loss_chunk_tokens < 1:
-            raise ValueError(f"model.loss_chunk_tokens={self.loss_chunk_tokens} must be at least 1")
+        least = {"dim": 1, "repeats": 1, "vocab_size": 1, "scan_unroll": 1, "loss_chunk_tokens": 1}
+        at_least(self, "model", least)

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from memtrain.description import BuildContext, LayerDescription
+from memtrain.description import BuildContext, LayerDescription, at_least
 from memtrain.memory.primitives import Linear
 
 
@@ -18,6 +18,9 @@ class SwiGLUConfig(LayerDescription):
 
     hidden: int | None = None
     """Hidden units; 8/3 of the width, rounded up to a multiple of 64, unless given."""
+
+    def __post_init__(self):
+        at_least(self, "", {"hidden": 1})
 
     def build(self, context: BuildContext, *, rngs: nnx.Rngs) -> SwiGLU:
         return SwiGLU(self, context, rngs=rngs)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from memtrain.errors import BadInput
-from memtrain.memory.protocol import MemoryTable
+from memtrain.memory.protocol import MemoryTable, Statistic
 from memtrain.model.config import ModelConfig
 from memtrain.model.language_model import LanguageModel
 from memtrain.parallel.sharding import sharding_for
@@ -38,9 +38,13 @@ class Skeleton:
 
     @classmethod
     def of(cls, config: ModelConfig, vocab_size: int) -> Skeleton:
-        abstract = nnx.eval_shape(
-            lambda: LanguageModel(config, vocab_size=vocab_size, rngs=nnx.Rngs(0))
-        )
+        """Raises BadInput where a layer cannot be built in this model."""
+        try:
+            abstract = nnx.eval_shape(
+                lambda: LanguageModel(config, vocab_size=vocab_size, rngs=nnx.Rngs(0))
+            )
+        except ValueError as error:
+            raise BadInput(f"model: {error}") from error
         graphdef, state = nnx.split(abstract)
         return cls(config, vocab_size, graphdef, dict(nnx.to_flat_state(state)))
 
@@ -55,6 +59,11 @@ class Skeleton:
     def tables(self) -> set[str]:
         """Names of memory tables."""
         return {_name(path) for path, v in self.variables.items() if isinstance(v, MemoryTable)}
+
+    @property
+    def statistics(self) -> set[str]:
+        """Names of what is saved with the model and not trained."""
+        return {_name(path) for path, v in self.variables.items() if isinstance(v, Statistic)}
 
     def axes(self) -> dict[str, tuple[str | None, ...]]:
         """Logical axes by name; stacked parameters have `layers` in front."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from memtrain.description import above_zero, at_least
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -30,6 +32,12 @@ class OptimizerConfig:
     table_learning_rate: float = 1e-2
     """Peak rate of memory tables; same schedule, no weight decay."""
     table_clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        least = {"warmup_steps": 0, "horizon_steps": 1, "learning_rate": 0}
+        at_least(self, "optimizer", least | {"table_learning_rate": 0, "weight_decay": 0})
+        for name in ("epsilon", "clip_norm", "table_clip_norm"):
+            above_zero(self, "optimizer", name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +75,26 @@ class TrainConfig:
     """First and last step of a profiler trace, written to RUN/profile."""
     tensorboard: bool = False
     """Write TensorBoard event files too (needs the `tracking` extra)."""
+
+    def __post_init__(self):
+        least = {
+            "num_steps": 1,
+            "batch_size": 1,
+            "seq_len": 1,
+            "accumulation_steps": 1,
+            "checkpoint_every_steps": 1,
+            "keep_checkpoints": 1,
+            "keep_every_steps": 1,
+            "log_every_steps": 1,
+            "evaluate_every_steps": 1,
+            "evaluate_batches": 0,
+            "max_skipped_steps": 0,
+        }
+        at_least(self, "train", least)
+        if self.profile_steps is not None:
+            first, last = self.profile_steps
+            if not 0 <= first <= last or first >= self.num_steps:
+                raise ValueError(
+                    f"train.profile_steps={first},{last}: it takes the first and the last step of "
+                    f"the trace, 0 to {self.num_steps - 1}"
+                )

@@ -44,6 +44,11 @@ def list_steps(directory: Path) -> tuple[list[int], dict[str, str]]:
     return sorted(steps), others
 
 
+def has_checkpoints(directory: Path) -> bool:
+    """Whether a run would resume from here: there is a step, be it valid or not."""
+    return bool(list_steps(directory)[0])
+
+
 def doomed(steps: Iterable[int], *, keep: int, keep_every_steps: int | None) -> list[int]:
     """Steps that the policy lets go: not of the `keep` newest, nor a multiple kept for ever."""
     ordered = sorted(steps)

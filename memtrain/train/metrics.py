@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from memtrain.errors import BadInput
+from memtrain.files import write_whole
 
 
 FILE_NAME = "metrics.jsonl"
@@ -28,9 +28,7 @@ class MetricsWriter:
             return
         path = run_dir / FILE_NAME
         kept = [line for line in read_lines(path) if line["step"] <= resume_step]
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(scratch, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             self._events = _event_writer(run_dir, resume_step)
@@ -76,11 +74,16 @@ def _plain(value: Any) -> Any:
     return value if math.isfinite(value) else None
 
 
-def _event_writer(run_dir: Path, resume_step: int) -> Any:
+def need_tensorboard() -> Any:
+    """The writer's class. Raises BadInput naming the extra where it is not installed."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise BadInput(
             "train.tensorboard=true needs the `tracking` extra: pip install 'memtrain[tracking]'"
         ) from None
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+    return SummaryWriter
+
+
+def _event_writer(run_dir: Path, resume_step: int) -> Any:
+    return need_tensorboard()(str(run_dir / "tensorboard"), purge_step=resume_step + 1)

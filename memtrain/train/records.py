@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jax
 
 from memtrain.config import Experiment, from_dict, to_dict
 from memtrain.errors import BadInput
+from memtrain.files import write_whole
 from memtrain.recipe import experiment_of_run
 
 
@@ -60,8 +60,8 @@ def write_records(
         "num_processes": jax.process_count(),
         "mesh": dataclasses.asdict(experiment.mesh),
     }
-    _write(run_dir / CONFIG, to_dict(experiment))
-    _write(run_dir / RUN, run)
+    for name, value in ((CONFIG, to_dict(experiment)), (RUN, run)):
+        write_whole(run_dir / name, json.dumps(value, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -76,9 +76,3 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BadInput(f"{path} cannot be read: {error}") from error
-
-
-def _write(path: Path, value: Any) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import signal
 import statistics
@@ -21,6 +22,7 @@ from memtrain.data.batch import Batch
 from memtrain.data.fingerprint import check_fingerprint
 from memtrain.data.pipeline import Pipeline, build_pipeline
 from memtrain.errors import BadInput, Preempted
+from memtrain.files import write_whole
 from memtrain.model.flops import forward_flops
 from memtrain.model.parameters import count_parameters
 from memtrain.parallel.mesh import initialize_distributed, mesh_of
@@ -30,8 +32,10 @@ from memtrain.train import records
 from memtrain.train.checkpoint import CheckpointStore
 from memtrain.train.clock import Clock, format_seconds, resident_bytes
 from memtrain.train.evaluation import evaluate_batches
-from memtrain.train.init_from import initialise_from
-from memtrain.train.metrics import MetricsWriter
+from memtrain.train.init_from import open_source
+from memtrain.train.keep import has_checkpoints
+from memtrain.train.metrics import FILE_NAME as METRICS
+from memtrain.train.metrics import MetricsWriter, need_tensorboard, read_lines
 from memtrain.train.profile import Profiler
 from memtrain.train.run_dir import RunLock
 from memtrain.train.state import Plan, TrainState
@@ -39,6 +43,8 @@ from memtrain.train.step import make_evaluation_step, make_train_step
 
 
 Progress = Callable[[str], None]
+SEEDS = "seeds.json"
+"""In a folder of several seeds: mean and standard deviation of what they reached."""
 
 
 def train(
@@ -63,13 +69,18 @@ def train(
         seeded = dataclasses.replace(
             experiment, train=dataclasses.replace(experiment.train, seed=seed)
         )
-        results.append(_train_one(seeded, run_dir / f"seed-{seed}", recipe, progress))
-    return {"run_dir": str(run_dir), "seeds": list(seeds), **_spread(results), "runs": results}
+        last = seed == seeds[-1]
+        results.append(_train_one(seeded, run_dir / f"seed-{seed}", recipe, progress, last=last))
+    spread = {"seeds": list(seeds), **_spread(results)}
+    if jax.process_index() == 0:
+        write_whole(run_dir / SEEDS, json.dumps(spread, indent=2) + "\n")
+    return {"run_dir": str(run_dir), **spread, "runs": results}
 
 
 def _train_one(
-    experiment: Experiment, run_dir: Path, recipe: str, progress: Progress
+    experiment: Experiment, run_dir: Path, recipe: str, progress: Progress, *, last: bool = True
 ) -> dict[str, Any]:
+    """`last`: no other run of the job comes after this one."""
     is_first = jax.process_index() == 0
     say = progress if is_first else lambda line: None
 
@@ -88,6 +99,11 @@ def _train_one(
     if "fingerprint" in (run := records.read_run(run_dir)):
         check_fingerprint(run["fingerprint"], fingerprint)
     plan = Plan.of(experiment, _vocab_size(experiment, pipeline), mesh)
+    source = None
+    if config.init_from is not None and not has_checkpoints(run_dir / records.CHECKPOINTS):
+        source = open_source(config.init_from, plan)
+    if config.tensorboard:
+        need_tensorboard()
 
     with (
         _written_by_us(run_dir, is_first),
@@ -107,20 +123,25 @@ def _train_one(
             say(f"resumed from step {candidate.step} of {run_dir}")
         else:
             state = plan.init()
-            if config.init_from is not None:
-                state = initialise_from(config.init_from, plan, state, say)
+            if source is not None:
+                state = source.into(state, plan, say)
         writer = MetricsWriter(
             run_dir,
             resume_step=candidate.step if candidate else 0,
             tensorboard=config.tensorboard,
             enabled=is_first,
         )
-        loop = _Loop(plan, pipeline, store, writer, Profiler(run_dir, config.profile_steps), say)
+        profiler = Profiler(run_dir, config.profile_steps)
+        loop = _Loop(plan, pipeline, store, writer, profiler, say)
         try:
             result = loop.run(state, stop)
         finally:
+            profiler.close()
             writer.close()
-    return {"run_dir": str(run_dir), **result}
+        if stop.asked and not last:
+            # The signal came with the last steps: this run is done, the job is not.
+            raise Preempted(f"stopped by {stop.asked} at the end of {run_dir}: run again to go on")
+    return {"run_dir": str(run_dir), **_last_values(run_dir), **result}
 
 
 class _Loop:
@@ -140,6 +161,7 @@ class _Loop:
         self.config = plan.experiment.train
         self.tokens_per_step = self.config.batch_size * self.config.seq_len
         self.clock = Clock()
+        self.untimed = 0
         self.last: dict[str, Any] = {}
 
     def run(self, state: TrainState, stop: _Stop) -> dict[str, Any]:
@@ -161,11 +183,13 @@ class _Loop:
             batch = next(batches)
             with self.profiler.step(step):
                 state, metrics = train_step(state, batch)
+            self.profiler.after(step, metrics)
             step += 1
             if step == first + 1:
                 jax.block_until_ready(metrics)
                 self.say(f"first step after {self.clock.elapsed():.1f}s")
                 self.clock.lap()
+                self.untimed = 1
             # Metrics are read one step late, so that the devices never wait for the host.
             pending = self.flush(pending, losses)
             losses.append(metrics["train/loss"])
@@ -203,9 +227,12 @@ class _Loop:
         interval = [float(np.asarray(loss)) for loss in losses[:count]]
         del losses[:count]
         seconds = self.clock.lap()
-        values["train/loss"] = statistics.fmean(interval)
-        steps = len(interval) if step != 1 else 0
-        rate = self.tokens_per_step * len(interval) / max(seconds, 1e-9)
+        # A skipped step's loss is no number; what is told is the mean of the others.
+        finite = [loss for loss in interval if math.isfinite(loss)]
+        values["train/loss"] = statistics.fmean(finite) if finite else math.nan
+        # The first step of a process is mostly compilation: neither its time nor its tokens count.
+        steps, self.untimed = len(interval) - self.untimed, 0
+        rate = self.tokens_per_step * steps / max(seconds, 1e-9) if steps else math.nan
         values |= {
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": rate,
@@ -213,16 +240,15 @@ class _Loop:
             "seconds": self.clock.elapsed(),
             "host_resident_bytes": resident_bytes(),
         }
-        if self.peak is not None:
+        if self.peak is not None and steps:
             values["mfu"] = rate * self.flops.training / self.peak
         self.writer.write(step, values)
-        self.last |= {k: values[k] for k in ("train/loss", "tokens_per_second")}
         left = (self.config.num_steps - step) * seconds / max(steps, 1)
         self.say(
             f"step {step:>6}/{self.config.num_steps} | loss {values['train/loss']:.4f} | "
             f"lr {values['train/learning_rate']:.2e} | grad {values['train/grad_norm']:.2f} | "
-            f"{rate:>7,.0f} tok/s | mfu {_percent(values.get('mfu'))} | "
-            f"eta {format_seconds(left)}"
+            f"{rate if steps else 0:>7,.0f} tok/s | mfu {_percent(values.get('mfu'))} | "
+            f"eta {format_seconds(left) if steps else '-'}"
             + (f" | skipped {values['train/skipped_steps']}" * (values["train/skipped_steps"] > 0))
         )
         if values["train/skipped_in_row"] > self.config.max_skipped_steps:
@@ -297,8 +323,8 @@ class _Loop:
 class _Stop:
     """SIGTERM (preemption) and SIGINT ask for a stop at the next step; a second acts at once.
 
-    In a job of several processes the first SIGTERM to any of them stops all at the same step: JAX
-    takes the signal and agrees on the step, so it is left to JAX there.
+    In a job of several processes a SIGTERM to any of them stops all at the same step: JAX takes
+    the signal and agrees on the step, so it is left to JAX there, and Ctrl-C is what it always is.
     """
 
     def __init__(self):
@@ -363,11 +389,22 @@ def _vocab_size(experiment: Experiment, pipeline: Pipeline) -> int:
 def _spread(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over seeds of every number that all of them report."""
     found = {}
-    for name, value in results[0].items():
-        if isinstance(value, float) and all(math.isfinite(r[name]) for r in results):
+    for name in results[0]:
+        values = [r.get(name) for r in results]
+        if all(isinstance(value, float) and math.isfinite(value) for value in values):
             values = [r[name] for r in results]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             found[name] = {"mean": statistics.fmean(values), "stdev": spread}
+    return found
+
+
+def _last_values(run_dir: Path) -> dict[str, float]:
+    """The last training loss and speed that the run wrote, whichever process of it did."""
+    found: dict[str, float] = {}
+    for line in read_lines(run_dir / METRICS):
+        for name in ("train/loss", "tokens_per_second"):
+            if line.get(name) is not None:
+                found[name] = line[name]
     return found
 
 

@@ -56,7 +56,7 @@ class Plan:
         """Raises BadInput where the parts do not fit each other."""
         skeleton = Skeleton.of(experiment.model, vocab_size)
         names = sorted(skeleton.shapes)
-        frozen = match_names(experiment.train.freeze, names, "train.freeze")
+        frozen = match_names(experiment.train.freeze, names, "train.freeze") | skeleton.statistics
         groups = groups_of(skeleton.shapes, skeleton.tables, frozen)
         optimizer = optimizer_of(
             experiment.optimizer, experiment.train.num_steps, groups, skeleton.axes()

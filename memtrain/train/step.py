@@ -103,7 +103,8 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
             "train/loss": loss,
             "train/tokens_weighted": weight,
             "train/grad_norm": main,
-            "train/learning_rate": learning_rate(state.step),
+            # The optimizer counts the steps that were not skipped.
+            "train/learning_rate": learning_rate(state.step - state.skipped),
             "train/skipped_steps": state.skipped + ~good,
             "train/skipped_in_row": jnp.where(good, 0, state.skipped_in_row + 1),
             **{f"memory/{name}": value for name, value in memory.items()},

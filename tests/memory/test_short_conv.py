@@ -54,5 +54,5 @@ def test_the_state_has_one_size():
 
 
 def test_a_convolution_of_one_token_is_refused():
-    with pytest.raises(ValueError, match="mixes 2 tokens or more"):
+    with pytest.raises(ValueError, match="size=1: it takes 2 or more"):
         ShortConvConfig(1)

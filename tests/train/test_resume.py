@@ -17,10 +17,13 @@ import pytest
 from xla_flags import with_devices
 
 from memtrain.config import override
+from memtrain.decode.export import export
 from memtrain.errors import BadInput, CheckpointError, Preempted
+from memtrain.model.parameters import parameters_of
 from memtrain.parallel.mesh import mesh_of
 from memtrain.recipe import load_recipe
 from memtrain.train.checkpoint import CheckpointStore
+from memtrain.train.load import load_model
 from memtrain.train.metrics import read_lines
 from memtrain.train.run import train
 from memtrain.train.state import Plan
@@ -117,15 +120,20 @@ def _run_and_kill(run: Path, *, after_step: int, delay: float) -> int:
     with child:
         assert child.stdout is not None
         begun: int | None = None
+        last = 0
         for line in child.stdout:
             found = re.match(r"step +(\d+)/", line)
+            last = int(found[1]) if found else last
             if found and begun is None:
                 begun = int(found[1])
             if found and begun is not None and int(found[1]) - begun >= after_step:
                 time.sleep(delay)
                 child.kill()
                 break
-        return child.wait()
+        code = child.wait()
+    # A save waits for the one before, so twice `checkpoint_every_steps` are the most to repeat.
+    assert max(CheckpointStore(run / "checkpoints").steps(), default=0) >= last - 2 * 5
+    return code
 
 
 def test_sigterm_saves_and_asks_to_be_run_again(tmp_path):
@@ -184,6 +192,17 @@ def test_bad_input_writes_nothing(tmp_path):
         ("mesh.data=4 mesh.fsdp=4 train.batch_size=16", "16 devices"),
         ("train.tensorboard=maybe", "train.tensorboard"),
         ("model.vocab_size=100", "model.vocab_size=100"),
+        ("model.dim=0", "model.dim=0: it takes 1 or more"),
+        ("model.dim=15", "num_heads"),
+        ("model.pattern.0.num_heads=16", "head_dim=1 must be even"),
+        ("model.pattern.0.num_heads=0", "num_heads=0: it takes 1 or more"),
+        ("model.pattern.0.soft_cap=-1", "soft_cap=-1.0: it takes more than 0"),
+        ("model.pattern.0.backend=foo", "backend='foo': there are reference, xla"),
+        ("train.evaluate_every_steps=0", "train.evaluate_every_steps=0: it takes 1 or more"),
+        ("train.num_steps=-3", "train.num_steps=-3: it takes 1 or more"),
+        ("train.keep_checkpoints=0", "train.keep_checkpoints=0: it takes 1 or more"),
+        ("train.profile_steps=60,70", "train.profile_steps=60,70: it takes the first"),
+        ("train.init_from=/nowhere", "no such run or artifact"),
     ):
         with pytest.raises(BadInput, match=message) as caught:
             train(experiment(*change.split()), tmp_path / "run", progress=quiet)
@@ -200,11 +219,18 @@ def test_several_seeds_of_one_recipe(tmp_path):
     assert result["train/loss"]["stdev"] == pytest.approx(np.std(losses, ddof=1))
     stored = json.loads((tmp_path / "seed-4" / "config.json").read_text())
     assert stored["train"]["seed"] == 4
+    table = json.loads((tmp_path / "seeds.json").read_text())
+    assert table["seeds"] == [3, 4] and table["train/loss"] == result["train/loss"]
+
+    # One more seed later: those that are done report the same again.
+    more = train(config, tmp_path, seeds=[3, 4, 5], progress=quiet)
+    assert [r["train/loss"] for r in more["runs"]][:2] == losses
+    assert set(more) == set(result)
 
 
 def test_init_from_a_run_takes_what_fits(unbroken, tmp_path):
     run, _ = unbroken
-    config = experiment("train.num_steps=0", f"train.init_from={run}")
+    config = experiment(f"train.init_from={run}")
     wider = dataclasses.replace(
         config, model=dataclasses.replace(config.model, tied_embeddings=False)
     )
@@ -212,6 +238,25 @@ def test_init_from_a_run_takes_what_fits(unbroken, tmp_path):
     train(override(wider, ["train.num_steps=1"]), tmp_path, progress=said.append)
     text = "\n".join(said)
     assert f"parameters from {run}" in text
-    assert "fresh: unembedding.weight" in text
-    with pytest.raises(BadInput, match="no such run or artifact"):
-        train(experiment("train.init_from=/nowhere"), tmp_path / "x", progress=quiet)
+    assert "fresh: unembedding.weight" in text and "unused" not in text
+
+    # And back: what the source has and the model does not is told, too.
+    said.clear()
+    narrow = override(config, ["train.num_steps=1", f"train.init_from={tmp_path}"])
+    train(narrow, tmp_path / "narrow", progress=said.append)
+    assert "unused: unembedding.weight" in "\n".join(said)
+
+
+def test_init_from_an_artifact_and_from_nothing(unbroken, tmp_path):
+    run, _ = unbroken
+    export(run, tmp_path / "model.mtx", programs=False)
+    mesh = ["mesh.fsdp=2", "train.num_steps=1", "optimizer.learning_rate=0"]
+    mesh += ["optimizer.table_learning_rate=0", f"train.init_from={tmp_path / 'model.mtx'}"]
+    train(experiment(*mesh), tmp_path / "again", progress=quiet)
+    after = load_model(tmp_path / "again").model
+    for name, array in parameters_of(load_model(run).model).items():
+        np.testing.assert_array_equal(parameters_of(after)[name], array, err_msg=name)
+    for source, message in (("/nowhere", "no such run or artifact"), (tmp_path, "holds no run")):
+        with pytest.raises(BadInput, match=message):
+            train(experiment(f"train.init_from={source}"), tmp_path / "x", progress=quiet)
+        assert not (tmp_path / "x").exists(), "a corrected command must not find another run"
