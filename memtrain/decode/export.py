@@ -16,7 +16,7 @@ from memtrain.data.tokenizer import Tokenizer
 from memtrain.decode import artifact as artifacts
 from memtrain.decode.artifact import Artifact, write_artifact
 from memtrain.decode.golden import Golden, golden_prompts, kept_positions, training_logits
-from memtrain.decode.parity import exact_parity, kl_parity
+from memtrain.decode.parity import exact_parity, kl_parity, program_parity
 from memtrain.decode.program import export_programs
 from memtrain.description import DtypeName, Dtypes
 from memtrain.errors import BadInput
@@ -104,6 +104,8 @@ def _export(model, experiment, tokenizer, out, created_from, dtype, programs) ->
         found = {"float32": exact_parity(in_float32, tokens, starts, reference if same else None)}
         if config.dtypes != FLOAT32:
             found["as_stored"] = kl_parity(weights, tokens, starts, reference)
+        if programs:
+            found["program"] = program_parity(artifact.path)
         return found
 
     written = write_artifact(

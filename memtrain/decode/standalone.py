@@ -47,7 +47,8 @@ class Decoder:
         tokens = np.asarray(tokens, np.int32)
         begins = np.zeros(len(tokens), bool) if starts is None else np.array(starts, bool)
         if self._length + len(tokens) > self.capacity:
-            raise ValueError(f"the program's cache holds {self.capacity} tokens")
+            length = self._length + len(tokens)
+            raise ValueError(f"{length} tokens, and the program's cache holds {self.capacity}")
         if len(tokens) and not self._length:
             begins[0] = True
         self._length += len(tokens)
@@ -128,7 +129,13 @@ def main() -> None:
     if kind != "bytes" or not arguments.prompt:
         parser.error("give a prompt; only byte tokens are read here, use Decoder for others")
     decoder = Decoder(folder)
-    logits = decoder.read(np.frombuffer(arguments.prompt.encode(), np.uint8))
+    prompt = np.frombuffer(arguments.prompt.encode(), np.uint8)
+    if len(prompt) + arguments.max_tokens > decoder.capacity:
+        parser.error(
+            f"a prompt of {len(prompt)} tokens and {arguments.max_tokens} more do not fit in the "
+            f"program's cache of {decoder.capacity}: shorten the prompt or give --max-tokens"
+        )
+    logits = decoder.read(prompt)
     for _ in range(arguments.max_tokens):
         token = int(logits[-1, :256].argmax())
         sys.stdout.buffer.write(bytes([token]))

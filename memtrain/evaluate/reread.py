@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 
 from memtrain.decode.engine import Engine
 from memtrain.errors import BadInput
-from memtrain.evaluate.bits import cut_pieces
 from memtrain.evaluate.scoring import score_rows
 from memtrain.evaluate.subject import HeldOut
 
@@ -29,12 +28,17 @@ def reread_pieces(held_out: HeldOut, context: int, num_pieces: int) -> Int[np.nd
     Raises BadInput where no document is long enough.
     """
     length = context // 2
-    pieces = cut_pieces(held_out, length, max_tokens=1 << 62)
-    whole = pieces.tokens[pieces.valid.all(axis=1)]
-    if not len(whole) or length < 2:
+    spans = held_out.documents
+    places = [
+        (document, begin)
+        for document, size in enumerate((spans.ends - spans.begins).tolist())
+        for begin in range(0, size - length, length)
+    ]
+    if not places or length < 2:
         raise BadInput(f"no document of the held-out text has {length} tokens to be read twice")
-    count = min(num_pieces, len(whole))
-    return whole[[int((i + 0.5) * len(whole) / count) for i in range(count)]]
+    count = min(num_pieces, len(places))
+    taken = [places[int((i + 0.5) * len(places) / count)] for i in range(count)]
+    return np.stack([held_out.tokens(doc)[begin : begin + length] for doc, begin in taken])
 
 
 def reread(engine: Engine, pieces: Int[np.ndarray, "N n"], bytes_per_token: float = 1.0) -> Reread:

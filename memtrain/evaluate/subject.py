@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from memtrain.config import Experiment
 from memtrain.data.corpus import Documents, build_corpus
+from memtrain.data.fingerprint import check_fingerprint
 from memtrain.data.pipeline import MqarPipeline, TextPipeline, build_pipeline
 from memtrain.data.tokenizer import Tokenizer
 from memtrain.decode.artifact import MANIFEST, Artifact
@@ -19,7 +21,7 @@ from memtrain.errors import BadInput
 from memtrain.model.ablation import memory_names
 from memtrain.model.unstacked import Unstacked, unstack_model
 from memtrain.train.load import load_model
-from memtrain.train.records import CONFIG
+from memtrain.train.records import CONFIG, read_run
 
 
 CHUNK = 256
@@ -41,6 +43,8 @@ class Subject:
     tokenizer: Tokenizer | None
     """None where tokens are numbers (MQAR)."""
     step: int | None
+    fingerprint: Mapping[str, Any] | None = None
+    """Of the data that a run was trained on; an artifact knows none."""
 
     @classmethod
     def open(cls, target: Path) -> Subject:
@@ -72,6 +76,7 @@ class Subject:
             loaded.vocab_size,
             loaded.tokenizer,
             loaded.step,
+            read_run(target).get("fingerprint"),
         )
 
     @property
@@ -87,14 +92,24 @@ class Subject:
 
     @cached_property
     def pipeline(self) -> TextPipeline | MqarPipeline:
-        """What the run reads. Raises BadInput where its data are not on this machine."""
+        """What the run reads. Raises BadInput where its data are not on this machine, or others
+        than it was trained on: what was held out then may have been learned since.
+        """
         train = self.experiment.train
-        return build_pipeline(
+        pipeline = build_pipeline(
             self.experiment.data,
             seq_len=train.seq_len,
             batch_size=train.batch_size,
             seed=train.seed,
         )
+        if self.fingerprint is not None:
+            try:
+                check_fingerprint(self.fingerprint, pipeline.fingerprint())
+            except BadInput as error:
+                raise BadInput(
+                    f"{self.path}: {error}; or measure on other text with --data"
+                ) from None
+        return pipeline
 
     def engine(
         self,

@@ -17,17 +17,23 @@ BUCKETS = 16
 
 
 def evaluate_batches(
-    evaluation_step: Callable[[Any, Batch], dict[str, Any]],
+    evaluation_step: Callable[[Any, Batch, Any], tuple[dict[str, Any], Any]],
     parameters: Any,
     batches: Sequence[Batch],
     *,
+    carry: Any = None,
     bytes_per_token: float | None,
 ) -> dict[str, Any]:
     """Means over all weighted tokens of the batches, and bits per byte by context position.
 
-    `bytes_per_token` is None where tokens are no text: then accuracy stands instead of bits.
+    carry: the empty state that a run with carried memory begins with: its batches go on where the
+    one before stopped, held out as in training. `bytes_per_token` is None where tokens are no text:
+    then accuracy stands instead of bits.
     """
-    sums = [evaluation_step(parameters, batch) for batch in batches]
+    sums = []
+    for batch in batches:
+        found, carry = evaluation_step(parameters, batch, carry)
+        sums.append(found)
     total = jax.tree.map(lambda *parts: np.sum([np.asarray(p) for p in parts], axis=0), *sums)
     weight = float(total["weight"])
     loss = float(total["nll"]) / max(weight, 1e-9)

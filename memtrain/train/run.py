@@ -266,6 +266,7 @@ class _Loop:
                 self.evaluation_step,
                 state.parameters,
                 self.validation_batches,
+                carry=self.plan.empty_carry(state.parameters),
                 bytes_per_token=self.bytes_per_token,
             )
         self.writer.write(step, found)

@@ -97,19 +97,27 @@ class Plan:
     def _init(self, key: Array) -> TrainState:
         model_key, run_key = jax.random.split(key)
         parameters = self.skeleton.init(model_key)
-        carry = None
-        if self.experiment.train.carry != "none":
-            model = self.skeleton.merge(parameters)
-            carry = model.init_state(self.experiment.train.batch_size, CARRY_CAPACITY)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             parameters=parameters,
             optimizer=self.optimizer.init(parameters),
-            carry=carry,
+            carry=self._empty_carry(parameters),
             rng=jax.random.key_data(run_key),
             skipped=jnp.zeros((), jnp.int32),
             skipped_in_row=jnp.zeros((), jnp.int32),
         )
+
+    def _empty_carry(self, parameters: Parameters) -> Any:
+        if self.experiment.train.carry == "none":
+            return None
+        model = self.skeleton.merge(parameters)
+        return model.init_state(self.experiment.train.batch_size, CARRY_CAPACITY)
+
+    def empty_carry(self, parameters: Parameters) -> Any:
+        """The memories' state before anything was read; None where none is carried."""
+        if self.experiment.train.carry == "none":
+            return None
+        return jax.jit(self._empty_carry, out_shardings=self.shardings().carry)(parameters)
 
     def shapes(self) -> TrainState:
         """Shapes and dtypes of the state, before anything is allocated."""

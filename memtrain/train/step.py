@@ -133,14 +133,15 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
     )
 
 
-def make_evaluation_step(plan: Plan) -> Callable[[Any, Batch], dict[str, Any]]:
-    """Sums over a held-out batch: `nll` and `weight` in all, and of each position of the row."""
+def make_evaluation_step(plan: Plan) -> Callable[[Any, Batch, Any], tuple[dict[str, Any], Any]]:
+    """Sums over a held-out batch: `nll` and `weight` in all, and of each position of the row; and
+    the memories' state after it, where the run carries one. None reads it from empty memories."""
     model_config = plan.experiment.model
     chunk, matmul = model_config.loss_chunk_tokens, model_config.dtypes.matmul
 
-    def evaluation_step(parameters, batch: Batch) -> dict[str, Any]:
+    def evaluation_step(parameters, batch: Batch, carry: Any) -> tuple[dict[str, Any], Any]:
         model = plan.skeleton.merge(parameters)
-        hidden, _, aux = model(batch.tokens, None, context_of(batch, want_metrics=True))
+        hidden, carry, aux = model(batch.tokens, carry, context_of(batch, want_metrics=True))
         nll, correct = token_losses(hidden, model.head(), batch.targets, chunk, matmul)
         answers = batch.loss_weights
         return {
@@ -150,12 +151,16 @@ def make_evaluation_step(plan: Plan) -> Callable[[Any, Batch], dict[str, Any]]:
             "nll_by_position": jnp.sum(nll * answers, axis=0),
             "weight_by_position": jnp.sum(answers, axis=0),
             "memory": _aux_metrics(aux),
-        }
+        }, carry
 
     return jax.jit(
         evaluation_step,
-        in_shardings=(plan.skeleton.shardings(plan.mesh), _batch_shardings(plan)),
-        out_shardings=replicated(plan.mesh),
+        in_shardings=(
+            plan.skeleton.shardings(plan.mesh),
+            _batch_shardings(plan),
+            plan.shardings().carry,
+        ),
+        out_shardings=(replicated(plan.mesh), plan.shardings().carry),
     )
 
 

@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
     pattern=(
         Block(mixer=Window(8, num_heads=2, num_kv_heads=1, sink_tokens=2)),
         Block(
-            mixer=Attention(num_heads=2),
+            mixer=Attention(num_heads=2, key_conv=2),
             ffn=ProductKeyMemory(num_slots=64, num_heads=2, top_k=3, key_dim=8, value_dim=12),
         ),
     ),

@@ -5,6 +5,15 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+from memtrain.config import Experiment
+from memtrain.data.tokenizer import load_tokenizer
+from memtrain.decode.export import export_model
+from memtrain.layers import Attention, Block, ModelConfig, ShortConv
+
+from .conftest import random_model
+
 
 BLOCKED = """
 import sys
@@ -33,5 +42,31 @@ def test_golden_logits_without_memtrain(artifact_path):
     found = re.search(r"largest difference (\S+), mean KL (\S+) nats", done.stdout)
     assert found, done.stdout
     assert float(found[1]) <= 1e-4
+    checked = json.loads((artifact_path / "manifest.json").read_text())["checked"]["program"]
+    assert checked["max_difference"] == pytest.approx(float(found[1]), rel=0.01)
     about = json.loads((artifact_path / "program" / "program.json").read_text())
     assert about["platforms"] == ["cpu", "cuda", "tpu"]
+
+
+def test_a_prompt_too_long_for_the_program_is_one_line(artifact_path):
+    script = artifact_path / "program" / "decode.py"
+    command = [sys.executable, "-B", str(script), "x" * 5000]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    *_, last = done.stderr.splitlines()
+    assert "a prompt of 5000 tokens and 100 more do not fit" in last
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_state_within_state_goes_through_the_program(tmp_path):
+    """A convolution of its own and one on the keys: nested leaves, by name."""
+    mixer = Attention(num_heads=2, rope_theta=None, key_conv=3)
+    pattern = (Block(mixer=ShortConv(3)), Block(mixer=mixer))
+    config = ModelConfig(dim=16, pattern=pattern)
+    experiment = Experiment(name="random", model=config)
+    model = random_model(config, 256)
+    made = export_model(model, experiment, load_tokenizer("bytes"), tmp_path / "m.mtx", {})
+    assert made["checked"]["program"]["max_difference"] <= 1e-4
+    spec = json.loads((tmp_path / "m.mtx" / "cache_spec.json").read_text())
+    leaves = [name for place in spec["places"] for name in place["leaves"]]
+    assert {"input", "key_conv.input", "key_conv.document"} <= set(leaves)

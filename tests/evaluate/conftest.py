@@ -11,6 +11,7 @@ import pytest
 
 from memtrain.config import Experiment
 from memtrain.data.config import DataConfig, MqarTask, RecallTask
+from memtrain.data.pipeline import build_pipeline
 from memtrain.evaluate.subject import Subject
 from memtrain.layers import Attention, Block, ModelConfig, ProductKeyMemory, SwiGLU
 from memtrain.memory.protocol import Context
@@ -92,7 +93,12 @@ def mqar_run(tmp_path_factory, cache) -> Path:
 def write_run(folder: Path, experiment: Experiment, vocab_size: int) -> None:
     """A run as it is after its first step, had that step learned nothing."""
     parameters = Skeleton.of(experiment.model, vocab_size).init(jax.random.key(0))
-    records.write_records(folder, experiment, recipe="", fingerprint={})
+    train = experiment.train
+    pipeline = build_pipeline(
+        experiment.data, seq_len=train.seq_len, batch_size=train.batch_size, seed=train.seed
+    )
+    fingerprint = pipeline.fingerprint()
+    records.write_records(folder, experiment, recipe="", fingerprint=fingerprint)
     with CheckpointStore(folder / records.CHECKPOINTS) as store:
         store.save(1, {"parameters": parameters}, {"vocab_size": vocab_size}, wait=True)
 

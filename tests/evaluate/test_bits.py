@@ -1,5 +1,6 @@
 """Bits per byte through the cache, against a whole forward pass without any."""
 
+import dataclasses
 import itertools
 import math
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 
 from memtrain.decode.export import export_model
+from memtrain.errors import BadInput
 from memtrain.evaluate import bits
 from memtrain.evaluate.reread import reread, reread_pieces
 from memtrain.evaluate.run import evaluate
+from memtrain.evaluate.subject import Subject
 from memtrain.train.load import load_model
 
 from .conftest import SEQ_LEN, direct_logits
@@ -99,6 +102,17 @@ def test_a_part_of_the_text_is_spread_evenly(subject):
     content, begin = held_out.content(int(some.document[3])), int(some.begin[3])
     assert content[begin + 1 :].startswith(wanted.tobytes())
     assert content[: begin + 1].endswith(history.tobytes()) and len(history)
+
+
+def test_other_data_than_the_run_was_trained_on_is_refused(run, corpus, tmp_path):
+    changed = Subject.open(run)
+    data = dataclasses.replace(changed.experiment.data, path=(str(corpus / "ast.py"),))
+    changed = dataclasses.replace(
+        changed, experiment=dataclasses.replace(changed.experiment, data=data)
+    )
+    with pytest.raises(BadInput, match=r"data.content was .* is .*; or measure on other text"):
+        changed.held_out()
+    assert len(changed.held_out([corpus / "cmd.py"])) == 1
 
 
 def test_reading_twice(run, subject):

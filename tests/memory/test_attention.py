@@ -126,6 +126,31 @@ def test_induction_heads_look_at_what_followed_their_like():
         assert nearest == text[t] + 1, f"token {t}, a second {text[t]}, looks at {nearest}"
 
 
+def test_grouped_induction_heads_share_the_first_query_of_their_group():
+    config = AttentionConfig(
+        num_heads=4, num_kv_heads=2, head_dim=6, key_conv=3, induction_init=True
+    )
+    memory = config.build(BuildContext(dim=DIM), rngs=nnx.Rngs(0))
+    query = np.asarray(memory.query.weight[...]).reshape(DIM, 4, 6)
+    key = np.asarray(memory.key.weight[...]).reshape(DIM, 2, 6)
+    np.testing.assert_array_equal(key, query[:, [0, 2]])
+    taps = np.asarray(memory.key_conv.taps[...])
+    np.testing.assert_array_equal(taps, np.array([[0.0], [1.0], [0.0]]) * np.ones((1, 12)))
+
+
+@pytest.mark.parametrize("name", ["window-sinks", "key-conv"])
+def test_taking_nothing_back_is_nothing(name):
+    memory = build(CONFIGS[name])
+    ctx, _ = packed([[9]])
+    x = np.random.default_rng(0).normal(size=(1, T, DIM)).astype(np.float32)
+    _, state, _ = call(memory, x[:, :8], init(memory, 1, T), ctx.window(0, 8))
+    back = memory.rollback(state, 0)
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    with pytest.raises(ValueError, match="has overwritten"):
+        memory.rollback(state, 1)
+
+
 def test_induction_needs_its_shift():
     with pytest.raises(ValueError, match="induction_init needs key_conv"):
         AttentionConfig(induction_init=True)

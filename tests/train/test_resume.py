@@ -17,6 +17,7 @@ import pytest
 from xla_flags import with_devices
 
 from memtrain.config import override
+from memtrain.data.batch import Batch
 from memtrain.decode.export import export
 from memtrain.errors import BadInput, CheckpointError, Preempted
 from memtrain.model.parameters import parameters_of
@@ -27,6 +28,7 @@ from memtrain.train.load import load_model
 from memtrain.train.metrics import read_lines
 from memtrain.train.run import train
 from memtrain.train.state import Plan
+from memtrain.train.step import make_evaluation_step
 
 
 RECIPE = Path(__file__).parents[1] / "helpers" / "tiny_recipe.py"
@@ -88,6 +90,29 @@ def test_carried_memory_is_part_of_the_checkpoint(tmp_path):
     plan = Plan.of(config, 256, mesh_of(config.mesh))
     carry = jax.tree.leaves(plan.shapes().carry)
     assert len(carry) > 8
+    assert_held_out_is_carried(whole, config)
+
+
+def assert_held_out_is_carried(run: Path, config) -> None:
+    """Nothing is held out here; the step itself: two parts with their state are the whole."""
+    plan = Plan.of(config, 256, mesh_of(config.mesh))
+    parameters = load_model(run).model
+    step, values = make_evaluation_step(plan), parameters_of(parameters)
+    rng = np.random.default_rng(0)
+    rows, half = config.train.batch_size, 12
+    tokens = rng.integers(0, 256, (rows, 2 * half + 1)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(2 * half, dtype=np.int32), (rows, 2 * half))
+    ones = np.ones((rows, 2 * half), np.float32)
+    whole = Batch(tokens[:, :-1], tokens[:, 1:], ones, positions, positions == 0, ones > 0)
+    cut = lambda a, b: Batch(*(leaf[:, a:b] for leaf in whole))  # noqa: E731
+    carry = plan.empty_carry(values)
+    expected, _ = step(values, whole, carry)
+    first, carry = step(values, cut(0, half), carry)
+    second, _ = step(values, cut(half, 2 * half), carry)
+    fresh, _ = step(values, cut(half, 2 * half), plan.empty_carry(values))
+    total = float(first["nll"]) + float(second["nll"])
+    np.testing.assert_allclose(total, float(expected["nll"]), rtol=1e-5)
+    assert abs(float(fresh["nll"]) - float(second["nll"])) > 1e-3
 
 
 @pytest.mark.full

@@ -96,6 +96,8 @@ def test_a_non_finite_step_changes_nothing_and_is_counted():
     assert int(after.skipped) == int(metrics["train/skipped_in_row"]) == 1
     after, metrics = step(after, tiny.batch(4))
     assert int(after.skipped) == 1 and int(metrics["train/skipped_in_row"]) == 0
+    # Warm-up over three steps: the second update is made at its second rate, skip or no skip.
+    np.testing.assert_allclose(metrics["train/learning_rate"], 1e-2 * 2 / 3, rtol=1e-5)
     assert not np.array_equal(before.parameters["embedding"], after.parameters["embedding"])
 
 
