@@ -3,7 +3,7 @@
     memtrain train experiments/books.py --set data.path=path/to/books
 
 `data.path` takes folders, globs, .txt, .gz, .xz, .jsonl and ArrayRecord files. The model is a
-25M-parameter one for a GPU; `:small` is one for a laptop, and `:carried` reads every book from
+33M-parameter one for a GPU; `:small` is one for a laptop, and `:carried` reads every book from
 beginning to end with its memory carried from step to step.
 """
 

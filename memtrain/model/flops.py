@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 from flax import nnx
 
 from memtrain.memory.attention import Attention
@@ -50,9 +51,7 @@ def forward_flops(model: LanguageModel, seq_len: int) -> Flops:
             layer = place.layer
             matmul += sum(2.0 * leaf.size for leaf in _matrices(layer))
             if isinstance(layer, Attention):
-                window = min(layer.config.window or seq_len, seq_len)
-                # The mean over positions t of min(t + 1, window).
-                seen = window - window * (window - 1) / (2 * seq_len)
+                seen = _mean_visible(layer.config.window, layer.config.sink_tokens, seq_len)
                 attention += 4.0 * seen * layer.num_heads * layer.head_dim * repeats
             elif isinstance(layer, ProductKeyMemory):
                 c = layer.config
@@ -60,6 +59,13 @@ def forward_flops(model: LanguageModel, seq_len: int) -> Flops:
                 values = 2.0 * c.num_heads * c.top_k * c.value_dim
                 memory += (scores + values) * repeats
     return Flops(matmul=matmul, attention=attention, memory=memory)
+
+
+def _mean_visible(window: int | None, sinks: int, seq_len: int) -> float:
+    """Keys that a query sees, averaged over the positions of a row."""
+    so_far = np.arange(1, seq_len + 1)
+    near = np.minimum(so_far, window or seq_len)
+    return float(np.mean(near + np.minimum(sinks, so_far - near)))
 
 
 def _matrices(layer: nnx.Module) -> list[jax.Array]:

@@ -177,7 +177,7 @@ class _Loop:
             ),
             plan.mesh,
         )
-        losses: list[jax.Array] = []
+        losses: list[tuple[jax.Array, jax.Array]] = []
         pending: tuple[int, int, dict[str, jax.Array]] | None = None
         while step < config.num_steps and not stop.asked_at(step):
             batch = next(batches)
@@ -192,7 +192,7 @@ class _Loop:
                 self.untimed = 1
             # Metrics are read one step late, so that the devices never wait for the host.
             pending = self.flush(pending, losses)
-            losses.append(metrics["train/loss"])
+            losses.append((metrics["train/loss"], metrics["train/skipped_in_row"]))
             if step % config.log_every_steps == 0 or step == config.num_steps:
                 pending = (step, len(losses), metrics)
             evaluates = self.is_due(step, config.evaluate_every_steps)
@@ -216,7 +216,7 @@ class _Loop:
     def is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.num_steps
 
-    def flush(self, pending, losses: list[jax.Array]) -> None:
+    def flush(self, pending, losses: list[tuple[jax.Array, jax.Array]]) -> None:
         if pending is not None:
             step, count, metrics = pending
             self.log(step, count, metrics, losses)
@@ -224,7 +224,8 @@ class _Loop:
     def log(self, step: int, count: int, metrics: dict[str, jax.Array], losses: list) -> None:
         """One dense line, and one of metrics.jsonl. `count` losses are of this interval."""
         values: dict[str, Any] = {name: np.asarray(v).item() for name, v in metrics.items()}
-        interval = [float(np.asarray(loss)) for loss in losses[:count]]
+        interval = [float(np.asarray(loss)) for loss, _ in losses[:count]]
+        skipped_in_row = max(int(np.asarray(skipped)) for _, skipped in losses[:count])
         del losses[:count]
         seconds = self.clock.lap()
         # A skipped step's loss is no number; what is told is the mean of the others.
@@ -251,9 +252,9 @@ class _Loop:
             f"eta {format_seconds(left) if steps else '-'}"
             + (f" | skipped {values['train/skipped_steps']}" * (values["train/skipped_steps"] > 0))
         )
-        if values["train/skipped_in_row"] > self.config.max_skipped_steps:
+        if skipped_in_row > self.config.max_skipped_steps:
             raise BadInput(
-                f"step {step}: loss or gradient not finite for {values['train/skipped_in_row']} "
+                f"step {step}: loss or gradient not finite for {skipped_in_row} "
                 "steps in a row (train.max_skipped_steps); lower optimizer.learning_rate, or look "
                 "at the data of these steps"
             )

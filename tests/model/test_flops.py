@@ -123,3 +123,16 @@ def test_repeats_multiply_all_but_the_head():
     assert thrice.matmul - head == 3 * (once.matmul - head)
     assert thrice.attention == pytest.approx(3 * once.attention)
     assert thrice.memory == 3 * once.memory
+
+
+def test_sink_tokens_are_seen_too():
+    """By brute force over queries and keys of one row."""
+    window, sinks, seq_len, dim = 4, 8, 64, 8
+    seen = sum(
+        t - s < window or s < sinks for t in range(seq_len) for s in range(seq_len) if s <= t
+    )
+    config = ModelConfig(
+        dim=dim, pattern=(Block(mixer=Window(window, num_heads=1, sink_tokens=sinks)),)
+    )
+    model = nnx.eval_shape(lambda: LanguageModel(config, vocab_size=4, rngs=nnx.Rngs(0)))
+    assert forward_flops(model, seq_len).attention == pytest.approx(4 * dim * seen / seq_len)
