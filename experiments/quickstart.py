@@ -50,7 +50,7 @@ def recipe() -> Experiment:
             batch_size=8,
             seq_len=512,
             checkpoint_every_steps=50,
-            evaluate_every_steps=250,
+            evaluate_every_steps=100,
             evaluate_batches=16,
             log_every_steps=25,
         ),

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from typing import Any
 
 from memtrain.console import as_json, as_text, explain, stdout_to_stderr
-from memtrain.errors import BUG, DONE, BadInput
+from memtrain.errors import BUG, DONE, PREEMPTED, BadInput
 
 
 INTERRUPTED = 130
@@ -95,7 +95,9 @@ def _guarded(run: Callable[[], dict[str, Any]]) -> tuple[int, dict[str, Any]]:
             traceback.print_exc()
         line, code = told or (f"{type(error).__name__}: {error}", BUG)
         if told is not None:
-            print(f"memtrain: error: {line}", file=sys.stderr, flush=True)
+            # A job that was asked to stop, and has saved, did nothing wrong.
+            kind = "" if code == PREEMPTED else "error: "
+            print(f"memtrain: {kind}{line}", file=sys.stderr, flush=True)
         return code, {"error": line, "exit_code": code}
 
 

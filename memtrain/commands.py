@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
+from memtrain.console import as_cell, as_text
 from memtrain.errors import BadInput
 
 
@@ -28,6 +29,7 @@ Json = Annotated[bool, _optional]
 Without = Annotated[
     UseAppendAction[tuple[str, ...]], arg(metavar="MEMORY", help_behavior_hint="(repeatable)")
 ]
+Layers = Annotated[Path | None, arg(metavar="FILE.PY", help_behavior_hint="")]
 Target = Annotated[Positional[Path], arg(metavar="RUN|ARTIFACT", help_behavior_hint="")]
 Run = Annotated[Positional[Path], arg(metavar="RUN", help_behavior_hint="")]
 
@@ -90,6 +92,18 @@ class Export:
 
         return export(run, self.out.absolute(), step=self.step, dtype=self.dtype)
 
+    def show(self, result: dict[str, Any]) -> str:
+        """The checks, a line each: they are what an export is worth."""
+        lines = []
+        for dtype, found in result["checked"].items():
+            for name, numbers in found.items():
+                if isinstance(numbers, dict):
+                    lines.append(f"  {dtype}, {name.replace('_', ' ')}: {as_cell(numbers)}")
+                elif isinstance(numbers, float):
+                    lines.append(f"  {dtype}, {name.replace('_', ' ')}: {numbers:.3g}")
+        rest = as_text({k: v for k, v in result.items() if k != "checked"})
+        return "\n".join([rest, "checked against the training path", *lines])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
@@ -111,11 +125,14 @@ class Generate:
     """The same seed, prompt and artifact give the same text."""
     without: Without = ()
     """A memory to switch off."""
+    recipe: Layers = None
+    """A recipe or module that describes layers of your own, which the artifact's model has."""
     json: Json = False
     """Print the result as one JSON object on stdout, and the text as it comes on stderr."""
 
     def run(self) -> dict[str, Any]:
         artifact = existing(self.artifact, "artifact")
+        define_layers(self.recipe)
         at_least("--max-tokens", self.max_tokens, 1)
         at_least("--temperature", self.temperature, 0)
         at_least("--top-k", self.top_k, 1)
@@ -156,11 +173,14 @@ class Evaluate:
     """Text to measure on: the held-out part of the run's own data unless given."""
     without: Without = ()
     """A memory to switch off."""
+    recipe: Layers = None
+    """A recipe or module that describes layers of your own, which the model has."""
     json: Json = False
     """Print the result as one JSON object on stdout, and progress on stderr."""
 
     def run(self) -> dict[str, Any]:
         target = existing(self.target, "run or artifact")
+        define_layers(self.recipe)
         prepare()
         from memtrain.evaluate.run import evaluate
 
@@ -272,6 +292,14 @@ def existing(path: Path, what: str) -> Path:
 def at_least(option: str, value: float | None, least: int) -> None:
     if value is not None and not (least <= value < math.inf):
         raise BadInput(f"{option} {value}: expected at least {least}")
+
+
+def define_layers(recipe: Path | None) -> None:
+    """Runs a recipe file, so that the layers described in it are known by name."""
+    if recipe is not None:
+        from memtrain.recipe import load_module
+
+        load_module(Path(str(recipe).partition(":")[0]))
 
 
 def prepare() -> None:

@@ -33,27 +33,28 @@ def as_text(result: Mapping[str, Any]) -> str:
             rows = [{key: name, **row} for name, row in value.items()]
             tables.append(f"\n{_table(rows)}")
         else:
-            lines.append(f"{key:<{width}}  {_cell(value)}")
+            lines.append(f"{key:<{width}}  {as_cell(value)}")
     return "\n".join([*lines, *tables])
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([_cell(row.get(column, "")) for column in columns] for row in rows)]
+    cells = [columns, *([as_cell(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
     return "\n".join("  " + line.rstrip() for line in lines)
 
 
-def _cell(value: Any) -> str:
+def as_cell(value: Any) -> str:
+    """One value for people, on one line."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, list):
-        return ", ".join(_cell(v) for v in value) or "-"
+        return ", ".join(as_cell(v) for v in value) or "-"
     if isinstance(value, dict):
-        return ", ".join(f"{k} {_cell(v)}" for k, v in value.items())
+        return ", ".join(f"{k} {as_cell(v)}" for k, v in value.items())
     return str(value)
 
 

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         train += ["--set", *options.set]
     code = _train_and_stop_half_way(train)
     if code == PREEMPTED:
-        _say("stopped half way, as a preempted job is; the same command goes on from there")
+        _say("stopped on the way, as a preempted job is; the same command goes on from there")
         code = _run(train)
     if code:
         return code

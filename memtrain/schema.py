@@ -235,7 +235,7 @@ def class_named(name: Any, declared: Any, where: str) -> type:
         raise UnknownType(
             f"{join(where, 'type')}: unknown type {name!r}. "
             + (f"Did you mean {hint!r}? " if hint else "")
-            + "The module that defines it must be imported first"
+            + "Import the module that defines it, or name its file with --recipe"
         )
     if bases and not any(_fits(cls, base) for base in bases):
         raise BadInput(f"{where}: expected {describe_type(declared)}, got {name}")

@@ -302,7 +302,7 @@ def _setup(page: Page, run: Path, measured: Measured, lines: list[dict]) -> None
     ]
     seconds = [line["seconds"] for line in lines if line.get("seconds")]
     if seconds:
-        rows.append(("seconds of the last part", f"{seconds[-1]:,.0f}"))
+        rows.append(("seconds of training since it last began", f"{seconds[-1]:,.0f}"))
     versions = known.get("versions", {})
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
     page.table(["", ""], rows)

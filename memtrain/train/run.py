@@ -162,6 +162,7 @@ class _Loop:
         self.tokens_per_step = self.config.batch_size * self.config.seq_len
         self.clock = Clock()
         self.untimed = 0
+        self.saved: int | None = None
         self.last: dict[str, Any] = {}
 
     def run(self, state: TrainState, stop: _Stop) -> dict[str, Any]:
@@ -206,7 +207,10 @@ class _Loop:
             self.store.poll()
         self.flush(pending, losses)
         if stop.asked and step < config.num_steps:
-            self.checkpoint(step, state, wait=True)
+            if step == self.saved:
+                self.store.close()
+            else:
+                self.checkpoint(step, state, wait=True)
             raise Preempted(f"stopped by {stop.asked} and saved at step {step}: run again to go on")
         if not self.last and step > 0:
             self.evaluate(step, state)
@@ -291,6 +295,7 @@ class _Loop:
                 },
                 wait=wait,
             )
+        self.saved = step
 
     def describe(self) -> None:
         """Prints what will be trained, and prepares what the log lines count from."""
