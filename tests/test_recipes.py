@@ -174,7 +174,7 @@ def test_the_quickstart_stops_resumes_and_reports(tmp_path):
     # The commands are shown as a user would type them: training twice, for it is stopped.
     commands = [line.split()[2] for line in lines if line.startswith("$ memtrain ")]
     assert commands == ["train", "train", "export", "generate"]
-    stopped = next(i for i, line in enumerate(lines) if line.startswith("-- stopped half way"))
+    stopped = next(i for i, line in enumerate(lines) if line.startswith("-- stopped on the way"))
     resumed = re.fullmatch(rf"resumed from step (\d+) of {re.escape(str(run))}", lines[stopped + 2])
     assert resumed is not None, lines[stopped : stopped + 3]
     assert 24 <= int(resumed[1]) < 60
