@@ -183,7 +183,9 @@ def test_what_does_not_fit_is_refused_by_place(data: dict[str, Any], said: str):
 
 
 def test_an_unknown_type_asks_for_its_module():
-    with pytest.raises(BadInput, match=r"'Sail'.* Import the module that defines it, or name its file"):
+    with pytest.raises(
+        BadInput, match=r"'Sail'.* Import the module that defines it, or name its file"
+    ):
         from_dict(Car, {"parts": [{"type": "Sail"}]})
 
 
