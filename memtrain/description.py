@@ -18,8 +18,9 @@ DtypeName = Literal["float32", "bfloat16"]
 
 
 def at_least(config: Any, section: str, least: dict[str, int]) -> None:
-    """Raises ValueError for a field below its least value. None, and what is no number, passes: of
-    the one the field's type decides, the other is named when types are checked.
+    """Raises ValueError for a field below its least value.
+
+    What is no number passes: `memtrain.config.validated` names wrong types.
     """
     for name, bound in least.items():
         value = getattr(config, name)

@@ -47,7 +47,7 @@ class AttentionConfig(LayerDescription):
     induction_init: bool = False
     """Start as induction heads: the key projection equal to the query's and `key_conv` a shift by
     one token, so that a token attends to what followed its like before. Training goes on from
-    there: a model that takes hundreds of steps to find this skill has it after tens."""
+    there (docs/results/recall-early.md says what it is worth)."""
     soft_cap: float | None = None
     """Scores become cap * tanh(score / cap) (Gemma 2)."""
     backend: str | None = None
@@ -55,6 +55,7 @@ class AttentionConfig(LayerDescription):
 
     def __post_init__(self):
         at_least(self, "", {"num_heads": 1, "num_kv_heads": 1, "head_dim": 1, "sink_tokens": 0})
+        at_least(self, "", {"key_conv": 2})
         above_zero(self, "", "soft_cap")
         above_zero(self, "", "rope_theta")
         if self.backend is not None and self.backend not in BACKENDS:

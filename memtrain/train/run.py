@@ -252,7 +252,7 @@ class _Loop:
         self.say(
             f"step {step:>6}/{self.config.num_steps} | loss {values['train/loss']:.4f} | "
             f"lr {values['train/learning_rate']:.2e} | grad {values['train/grad_norm']:.2f} | "
-            f"{rate if steps else 0:>7,.0f} tok/s | mfu {_percent(values.get('mfu'))} | "
+            f"{f'{rate:,.0f}' if steps else '-':>7} tok/s | mfu {_percent(values.get('mfu'))} | "
             f"eta {format_seconds(left) if steps else '-'}"
             + (f" | skipped {values['train/skipped_steps']}" * (values["train/skipped_steps"] > 0))
         )
