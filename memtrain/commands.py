@@ -64,9 +64,18 @@ class Train:
         if run_dir.exists() and not run_dir.is_dir():
             raise BadInput(f"--run-dir {run_dir} is a file: give a folder, or one to be made")
         runtime.prepare(experiment.num_devices)
+        from memtrain.terminal import progress
         from memtrain.train.run import train
 
-        return train(experiment, run_dir, recipe=self.recipe, seeds=seeds, progress=say)
+        with progress() as (say, on_step):
+            return train(
+                experiment,
+                run_dir,
+                recipe=self.recipe,
+                seeds=seeds,
+                progress=say,
+                on_step=on_step,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +88,10 @@ class Export:
     """The artifact to write, a folder."""
     step: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """The checkpoint to export: the newest valid one unless given."""
-    dtype: Annotated[Literal["float32", "bfloat16"] | None, arg(help_behavior_hint="")] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        arg(metavar="float32|bfloat16", help_behavior_hint=""),
+    ] = None
     """Of the stored parameters and matrix products: as the run has them unless given."""
     json: Json = False
     """Print the result as one JSON object on stdout, and progress on stderr."""
@@ -311,8 +323,3 @@ def prepare() -> None:
 def printable(text: str) -> str:
     """The text without control characters: a model's bytes must not command the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
-def say(line: str) -> None:
-    """Print one line of progress at once."""
-    print(line, flush=True)

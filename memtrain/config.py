@@ -44,6 +44,7 @@ OPERATIONAL = (
     "optimizer.horizon_steps",
     "train.num_steps",
     "train.checkpoint_every_steps",
+    "train.checkpoint_lag_steps",
     "train.keep_*",
     "train.log_*",
     "train.evaluate_*",

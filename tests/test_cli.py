@@ -286,7 +286,7 @@ from memtrain import cli, commands
 class Probe:
     json: bool = False
     def run(self):
-        commands.say("progress of ours")
+        print("progress of ours", flush=True)
         print("half a line, not flushed", end="")
         os.write(1, b"a library in C\\n")
         subprocess.run(["echo", "a child"], check=True)

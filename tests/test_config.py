@@ -398,6 +398,7 @@ def test_operational_fields_are_these():
         "model.scan_unroll",
         "optimizer.horizon_steps",
         "train.checkpoint_every_steps",
+        "train.checkpoint_lag_steps",
         "train.evaluate_batches",
         "train.evaluate_every_steps",
         "train.keep_checkpoints",

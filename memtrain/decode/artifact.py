@@ -228,6 +228,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         what = (
             "is not an exported model" if not path.is_dir() or not file.exists() else error.strerror
         )
+        if (path / "config.json").exists() and (path / "checkpoints").is_dir():
+            raise ArtifactError(
+                f"{path} is a run and not an exported model: make one with "
+                f"'memtrain export {path} --out {path / 'model.mtx'}'"
+            ) from None
         raise ArtifactError(f"{path} {what}: {MANIFEST} cannot be read") from None
     try:
         manifest = json.loads(content)

@@ -136,6 +136,15 @@ class CheckpointStore:
         if self._writing is not None and not self._writing.is_alive():
             self._wait()
 
+    def wait(self) -> None:
+        """Return once the background save, if there is one, is valid; raise what it raised."""
+        self._wait()
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save goes on in the background."""
+        return self._writing is not None and self._writing.is_alive()
+
     def close(self) -> None:
         """Wait for the background save, give the lock back, and raise what the save raised."""
         try:

@@ -55,6 +55,11 @@ class TrainConfig:
     data.order="document").
     """
     checkpoint_every_steps: int = 200
+    """Most steps that a run killed without a warning repeats, plus `checkpoint_lag_steps`."""
+    checkpoint_lag_steps: int = 0
+    """Steps that may be done beyond the one being saved before that save is on disk; the next one
+    is always begun meanwhile. Raise it where a save takes longer than a step.
+    """
     keep_checkpoints: int = 3
     """Newest checkpoints kept."""
     keep_every_steps: int | None = None
@@ -83,6 +88,7 @@ class TrainConfig:
             "seq_len": 1,
             "accumulation_steps": 1,
             "checkpoint_every_steps": 1,
+            "checkpoint_lag_steps": 0,
             "keep_checkpoints": 1,
             "keep_every_steps": 1,
             "log_every_steps": 1,

@@ -43,6 +43,7 @@ from memtrain.train.step import make_evaluation_step, make_train_step
 
 
 Progress = Callable[[str], None]
+OnStep = Callable[[int, int], None]
 SEEDS = "seeds.json"
 """In a folder of several seeds: mean and standard deviation of what they reached."""
 
@@ -54,15 +55,18 @@ def train(
     recipe: str = "",
     seeds: Sequence[int] | None = None,
     progress: Progress = print,
+    on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """Trains to `train.num_steps`, from the newest valid checkpoint if there is one.
 
     With `seeds`, one run for each in `run_dir/seed-N`, and the mean and standard deviation of what
-    they reach. Returns the last metrics. Raises MemtrainError with the documented exit codes.
+    they reach. `progress` is handed every line, `on_step` the steps begun and the steps in all,
+    both in the first process only. Returns the last metrics. Raises MemtrainError with the
+    documented exit codes.
     """
     initialize_distributed()
     if seeds is None:
-        return _train_one(experiment, run_dir, recipe, progress)
+        return _train_one(experiment, run_dir, recipe, progress, on_step)
     results = []
     for seed in seeds:
         progress(f"seed {seed}")
@@ -70,7 +74,9 @@ def train(
             experiment, train=dataclasses.replace(experiment.train, seed=seed)
         )
         last = seed == seeds[-1]
-        results.append(_train_one(seeded, run_dir / f"seed-{seed}", recipe, progress, last=last))
+        results.append(
+            _train_one(seeded, run_dir / f"seed-{seed}", recipe, progress, on_step, last=last)
+        )
     spread = {"seeds": list(seeds), **_spread(results)}
     if jax.process_index() == 0:
         write_whole(run_dir / SEEDS, json.dumps(spread, indent=2) + "\n")
@@ -78,7 +84,13 @@ def train(
 
 
 def _train_one(
-    experiment: Experiment, run_dir: Path, recipe: str, progress: Progress, *, last: bool = True
+    experiment: Experiment,
+    run_dir: Path,
+    recipe: str,
+    progress: Progress,
+    on_step: OnStep | None,
+    *,
+    last: bool = True,
 ) -> dict[str, Any]:
     """`last`: no other run of the job comes after this one."""
     is_first = jax.process_index() == 0
@@ -121,6 +133,8 @@ def _train_one(
         if candidate is not None:
             state = store.restore(candidate.step, plan.abstract())
             say(f"resumed from step {candidate.step} of {run_dir}")
+            if candidate.step >= config.num_steps:
+                say(f"nothing is left to train: raise train.num_steps={config.num_steps} to go on")
         else:
             state = plan.init()
             if source is not None:
@@ -132,7 +146,7 @@ def _train_one(
             enabled=is_first,
         )
         profiler = Profiler(run_dir, config.profile_steps)
-        loop = _Loop(plan, pipeline, store, writer, profiler, say)
+        loop = _Loop(plan, pipeline, store, writer, profiler, say, on_step if is_first else None)
         try:
             result = loop.run(state, stop)
         finally:
@@ -155,9 +169,10 @@ class _Loop:
         writer: MetricsWriter,
         profiler: Profiler,
         say: Progress,
+        on_step: OnStep | None,
     ):
         self.plan, self.pipeline, self.store, self.writer = plan, pipeline, store, writer
-        self.profiler, self.say = profiler, say
+        self.profiler, self.say, self.on_step = profiler, say, on_step
         self.config = plan.experiment.train
         self.tokens_per_step = self.config.batch_size * self.config.seq_len
         self.clock = Clock()
@@ -186,6 +201,9 @@ class _Loop:
                 state, metrics = train_step(state, batch)
             self.profiler.after(step, metrics)
             step += 1
+            self.keep_up(step, metrics)
+            if self.on_step is not None:
+                self.on_step(step, config.num_steps)
             if step == first + 1:
                 jax.block_until_ready(metrics)
                 self.say(f"first step after {self.clock.elapsed():.1f}s")
@@ -296,6 +314,18 @@ class _Loop:
                 wait=wait,
             )
         self.saved = step
+
+    def keep_up(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """No step counts as done that leads the newest valid checkpoint by more than was allowed.
+
+        `step` was begun already, so that the devices work while the save goes on.
+        """
+        if self.saved is None or step <= self.saved + self.config.checkpoint_lag_steps:
+            return
+        if self.store.is_saving:
+            jax.block_until_ready(metrics)
+            with self.clock.pause("checkpoint"):
+                self.store.wait()
 
     def describe(self) -> None:
         """Prints what will be trained, and prepares what the log lines count from."""

@@ -51,6 +51,10 @@ def test_bad_requests_are_one_line(artifact, request_, message):
 def test_no_artifact(tmp_path):
     with pytest.raises(ArtifactError, match="is not an exported model"):
         generate(tmp_path, prompt="x")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ArtifactError, match=r"a run and not an exported model.*memtrain export "):
+        generate(tmp_path, prompt="x")
 
 
 def test_characters_of_several_bytes_come_whole():
