@@ -3,20 +3,28 @@
 from memtrain_kernels.attention import (
     BACKENDS,
     AttentionSpec,
+    Explanation,
     attention,
     backend_counts,
+    capabilities,
+    explain,
     last_backend,
     merge,
     resolve_backend,
 )
 from memtrain_kernels.lookup import product_key_topk, weighted_gather
+from memtrain_kernels.target import compiling_for
 
 
 __all__ = [
     "BACKENDS",
     "AttentionSpec",
+    "Explanation",
     "attention",
     "backend_counts",
+    "capabilities",
+    "compiling_for",
+    "explain",
     "last_backend",
     "merge",
     "product_key_topk",

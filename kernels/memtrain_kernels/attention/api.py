@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memtrain_kernels.attention import reference, xla
-from memtrain_kernels.attention.backends import record, resolve_backend
+from memtrain_kernels.attention.backends import backend_module, record, resolve_backend
+from memtrain_kernels.attention.capabilities import Problem
 from memtrain_kernels.attention.merge import Partial, join_sink_logits, merge
 from memtrain_kernels.attention.spec import AttentionSpec
 
@@ -80,8 +80,9 @@ def attention(
     exactly 0 and lse -inf, and passes back no gradient. Scores, softmax and sums are float32
     whatever the inputs; the matrix products' operands keep the inputs' dtype.
 
-    backend: "xla" (blockwise, O(T) memory), "reference" (dense; differentiable to any order), or
-    None to choose. Raises ValueError for shapes, dtypes or backends that do not fit.
+    backend: "xla" (blockwise, O(T) memory), "reference" (dense; differentiable to any order),
+    "tpu", "hopper", "cudnn" (each for what its table says), or None to choose; `explain` tells the
+    choice. Raises ValueError for shapes, dtypes or backends that do not fit.
 
     Blockwise softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867), FlashAttention
     (arXiv 2205.14135).
@@ -100,10 +101,18 @@ def attention(
         )
     _check_extras(sink_logits, prior, B, T, H, E)
 
-    name, reason = resolve_backend(backend)
+    problem = Problem.of(
+        q,
+        k,
+        v,
+        spec,
+        positions=q_pos is not None or kv_pos is not None,
+        segments=q_seg is not None or kv_seg is not None,
+        lse=return_lse or prior is not None or sink_logits is not None,
+    )
+    name, reason = resolve_backend(backend, problem)
     record(name, reason)
-    attend = reference.attend if name == "reference" else xla.attend
-    o, lse = attend(q, k, v, q_pos, kv_pos, q_seg, kv_seg, spec)
+    o, lse = backend_module(name).attend(q, k, v, q_pos, kv_pos, q_seg, kv_seg, spec)
     if prior is not None:
         o, lse = merge((o, lse), (prior[0].astype(o.dtype), prior[1].astype(lse.dtype)))
     if sink_logits is not None:

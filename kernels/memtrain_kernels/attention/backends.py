@@ -1,35 +1,78 @@
-"""Which backend serves a call: the choice, its reason, and a record of what ran."""
+"""Which backend serves a call: the candidates, their tables, the choice and its reason."""
 
 from __future__ import annotations
 
-import logging
+import importlib
 import os
-import sys
-from collections import Counter
-from typing import TextIO
+from types import ModuleType
+
+from memtrain_kernels.announce import Record, say_once
+from memtrain_kernels.attention.capabilities import Capabilities, Problem
+from memtrain_kernels.target import Target, current_target
 
 
-BACKENDS = ("reference", "xla")
+BACKENDS = ("reference", "xla", "cudnn")
 ENVIRONMENT_VARIABLE = "MEMTRAIN_ATTENTION_BACKEND"
 
-_logger = logging.getLogger("memtrain_kernels")
-_announced: set[tuple[str, str]] = set()
-_served: Counter[str] = Counter()
-_last: list[str] = []
+# In the order in which they are tried. cuDNN is first where a plain case is all that is asked.
+_CANDIDATES: dict[str, tuple[str, ...]] = {"gpu": ("cudnn",)}
+_FALLBACK = "xla"
+
+_record = Record("attention")
 
 
-def resolve_backend(backend: str | None = None) -> tuple[str, str]:
-    """The backend that a call with this argument gets, and why: (name, reason).
+def backend_module(name: str) -> ModuleType:
+    """The module of a backend, imported at its first use: it has CAPABILITIES and `attend`."""
+    return importlib.import_module(f"memtrain_kernels.attention.{name}")
+
+
+def capabilities(name: str) -> Capabilities:
+    """The table of what a backend serves. Raises ValueError for a name that is no backend."""
+    return backend_module(_known(name, "backend")).CAPABILITIES
+
+
+def resolve_backend(backend: str | None = None, problem: Problem | None = None) -> tuple[str, str]:
+    """The backend that a call gets, and why: (name, reason).
 
     The argument wins over the environment variable MEMTRAIN_ATTENTION_BACKEND, which wins over the
-    automatic choice. Raises ValueError for a name that is no backend.
+    automatic choice: the platform's own kernels where they serve the problem and were verified on
+    the device, by us or by a self-check on it at first use, else "xla". Raises ValueError for a
+    name that is no backend, and for a forced one that cannot serve. Without a problem, what the
+    plainest call would get.
     """
     if backend is not None:
-        return _known(backend, "backend argument"), "forced by the backend argument"
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    if forced:
-        return _known(forced, ENVIRONMENT_VARIABLE), f"forced by {ENVIRONMENT_VARIABLE}"
-    return "xla", "automatic: blockwise, serves every device and every spec"
+        return _forced(backend, "backend argument", problem)
+    variable = os.environ.get(ENVIRONMENT_VARIABLE)
+    if variable:
+        return _forced(variable, ENVIRONMENT_VARIABLE, problem)
+    target = current_target()
+    passed_over = []
+    for name in _CANDIDATES.get(target.platform, ()):
+        refusal = why_not(name, problem, target)
+        if refusal is None:
+            refusal = _unverified(name, problem, target)
+        if refusal is None:
+            return name, f"automatic: serves this call on {target.device_kind}"
+        passed_over.append(f"{name}: {refusal}")
+    if passed_over:
+        return _FALLBACK, "automatic, for want of better; " + "; ".join(passed_over)
+    return _FALLBACK, "automatic: blockwise, serves every device and every spec"
+
+
+def why_not(name: str, problem: Problem | None, target: Target) -> str | None:
+    """Why a backend cannot serve a problem on a device; None if it can."""
+    table = capabilities(name)
+    if table.platform is not None and table.platform != target.platform:
+        return f"runs on {table.platform}, this is {target.platform}"
+    kinds = table.device_kinds
+    if kinds is not None and not any(kind in target.device_kind for kind in kinds):
+        return f"runs on {', '.join(kinds)}, this is {target.device_kind}"
+    return None if problem is None else table.refusal(problem)
+
+
+def is_verified(name: str, device_kind: str) -> bool:
+    """Whether a backend's numbers were checked on this kind of device, as its table says."""
+    return any(kind in ("*", device_kind) for kind in capabilities(name).verified_on)
 
 
 def last_backend() -> str | None:
@@ -37,46 +80,46 @@ def last_backend() -> str | None:
 
     A call inside jit counts when it is traced: a cached program does not count again.
     """
-    return _last[0] if _last else None
+    return _record.last
 
 
 def backend_counts() -> dict[str, int]:
     """How many attention calls each backend has served in this process (jit: traced)."""
-    return dict(_served)
+    return _record.counts()
 
 
 def record(name: str, reason: str) -> None:
-    """Count a call and announce its backend, once a reason."""
-    _served[name] += 1
-    _last[:] = [name]
-    if (name, reason) not in _announced:
-        _announced.add((name, reason))
-        _show_on_stderr()
-        _logger.info("attention backend: %s (%s)", name, reason)
+    """Counts a call and announces its backend, once a reason."""
+    _record.add(name, reason)
+
+
+def _forced(name: str, source: str, problem: Problem | None) -> tuple[str, str]:
+    refusal = why_not(_known(name, source), problem, current_target())
+    if refusal is not None:
+        raise ValueError(
+            f"{source} is {name!r}, which cannot serve this call: {refusal}; "
+            "'xla' serves every call on every device"
+        )
+    reason = f"forced by the {source}" if source == "backend argument" else f"forced by {source}"
+    return name, reason
+
+
+def _unverified(name: str, problem: Problem | None, target: Target) -> str | None:
+    """Why an unverified backend is not taken; None if it is verified or passes its self-check."""
+    if is_verified(name, target.device_kind):
+        return None
+    if not target.is_here:
+        return f"unverified on {target.device_kind}, which is not here to check it"
+    from memtrain_kernels.attention.self_check import self_check
+
+    head_dim = 128 if problem is None else problem.head_dim
+    dtype = "bfloat16" if problem is None else problem.dtype
+    result = self_check(name, target, head_dim=head_dim, dtype=dtype)
+    say_once(result.line)
+    return None if result.passed else result.line
 
 
 def _known(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source} is {name!r}: this build serves {', '.join(BACKENDS)}")
     return name
-
-
-class _Stderr(logging.StreamHandler):
-    """Writes to whatever sys.stderr is at the time, as logging's own last resort does."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self, logging.INFO)
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-
-def _show_on_stderr() -> None:
-    # An application that set up logging sees the line there; in any other it still must be seen.
-    if _logger.level == logging.NOTSET:
-        _logger.setLevel(logging.INFO)
-    if not _logger.hasHandlers():
-        handler = _Stderr()
-        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-        _logger.addHandler(handler)

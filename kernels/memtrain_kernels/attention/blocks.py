@@ -73,17 +73,21 @@ class Plan:
 
         Python ints or traced ones.
         """
+        seen = (a >= 0) & True
         if not self.by_index:
-            return (a >= 0) & True
-        seen = (a < hi) if self.spec.causal else (a >= 0)
-        near = self._near(lo, b)
-        if self.spec.sink_tokens:
-            # In order, a document may start anywhere; by default it starts at 0.
-            near = near | (a < (self.spec.sink_tokens if self.by_default else self.S))
-        return seen & near
-
-    def _near(self, lo, b):
-        return (lo - (b - 1) < self.spec.window) if self.spec.window is not None else (b > 0)
+            return seen
+        spec = self.spec
+        if spec.causal:
+            seen = seen & (a < hi)
+        if spec.window_left is not None:
+            left = lo - (b - 1) < spec.window_left
+            if spec.sink_tokens:
+                # In order, a document may start anywhere; by default it starts at 0.
+                left = left | (a < (spec.sink_tokens if self.by_default else self.S))
+            seen = seen & left
+        if spec.window_right is not None:
+            seen = seen & (a - (hi - 1) < spec.window_right)
+        return (seen | (a < spec.prefix)) if spec.prefix else seen
 
     @property
     def unrolled(self) -> bool:
@@ -91,7 +95,7 @@ class Plan:
         if self.num_q * self.num_kv == 1:
             return True
         sinks_anywhere = (
-            self.spec.window is not None and self.spec.sink_tokens and not self.by_default
+            self.spec.window_left is not None and self.spec.sink_tokens and not self.by_default
         )
         if not self.by_index or sinks_anywhere or self.num_q > _MAX_UNROLLED:
             return False
@@ -102,7 +106,9 @@ def make_plan(
     T: int, S: int, group: int, by_default: bool, data: bool, spec: AttentionSpec
 ) -> Plan:
     """Choose the blocks of one call; `group` query heads share a key head and its rows."""
-    by_index = by_default or spec.ordered
+    # A prefix lets a query see ahead, and a document may start anywhere: only by default does the
+    # index tell where.
+    by_index = by_default or (spec.ordered and not spec.prefix)
 
     def plan(block_q: int, block_kv: int) -> Plan:
         block_q, block_kv = spec.block_q or block_q, spec.block_kv or block_kv
@@ -112,7 +118,7 @@ def make_plan(
         return plan(T, S)
     if max(T, S) > _LONG:
         block = _BLOCK_LONG
-    elif by_index and spec.window is not None and spec.window <= _BLOCK_SHORT:
+    elif by_index and spec.window_left is not None and spec.window_left <= _BLOCK_SHORT:
         # A block of queries reads its window rounded up to blocks: a short one wants short blocks.
         block = _BLOCK_SHORT
     else:
@@ -122,15 +128,18 @@ def make_plan(
 
 
 class Summary(NamedTuple):
-    """Least and greatest position and segment of each block's visible tokens: int32 [B or 1, n]."""
+    """Of each block's visible tokens the least and greatest position and segment, and whether all
+    its tokens are visible ones: int32 [B or 1, n] each, the last bool."""
 
     pos_min: jax.Array
     pos_max: jax.Array
     seg_min: jax.Array
     seg_max: jax.Array
+    whole: jax.Array
 
 
 _INT_MAX = np.iinfo(np.int32).max
+_FAR = _INT_MAX // 2
 
 
 def summarise(pos: jax.Array, seg: jax.Array, block: int) -> Summary:
@@ -145,24 +154,55 @@ def summarise(pos: jax.Array, seg: jax.Array, block: int) -> Summary:
         jnp.max(jnp.where(shown, pos, -_INT_MAX), axis=-1),
         jnp.min(jnp.where(shown, seg, _INT_MAX), axis=-1),
         jnp.max(jnp.where(shown, seg, -1), axis=-1),
+        jnp.all(shown, axis=-1),
     )
 
 
 def live_tiles(spec: AttentionSpec, q: Summary, kv: Summary) -> jax.Array:
-    """Whether tiles may hold a visible pair in any row of the batch: bool [...].
+    """Whether tiles may hold a visible pair: bool [B or 1, ...]. Never False for one that does.
 
-    The summaries broadcast after their leading batch axis. Never False for a tile that has one.
+    The summaries broadcast after their leading batch axis. Also on scalars, inside a kernel.
     """
     live = (q.seg_min <= kv.seg_max) & (kv.seg_min <= q.seg_max)
+    near = jnp.bool_(True)
     if spec.causal:
-        live &= kv.pos_min <= q.pos_max
-    if spec.window is not None:
+        near &= kv.pos_min <= q.pos_max
+    if spec.window_left is not None:
         # Written as a sum on the kv side: empty blocks hold extreme values, and q - kv wraps.
-        near = kv.pos_max > jnp.clip(q.pos_min, -_INT_MAX // 2) - min(spec.window, _INT_MAX // 2)
+        left = kv.pos_max > jnp.maximum(q.pos_min, -_FAR) - min(spec.window_left, _FAR)
         if spec.sink_tokens:
-            near |= kv.pos_min < spec.sink_tokens
-        live &= near
-    return jnp.any(live, axis=0)
+            left |= kv.pos_min < spec.sink_tokens
+        near &= left
+    if spec.window_right is not None:
+        near &= kv.pos_min < jnp.minimum(q.pos_max, _FAR) + min(spec.window_right, _FAR)
+    if spec.prefix:
+        near |= kv.pos_min < spec.prefix
+    return live & near
+
+
+def full_tiles(spec: AttentionSpec, q: Summary, kv: Summary) -> jax.Array:
+    """Whether every query of a tile sees every key of it, so that no mask is needed: bool, as
+    `live_tiles`. Never True for a tile with a hidden pair."""
+    one_segment = (q.seg_min == q.seg_max) & (kv.seg_min == kv.seg_max) & (q.seg_min == kv.seg_min)
+    full = one_segment & q.whole & kv.whole & (spec.mask_fn is None)
+    near = jnp.bool_(True)
+    if spec.causal:
+        near &= kv.pos_max <= q.pos_min
+    if spec.window_left is not None:
+        left = _nearer(q.pos_max, kv.pos_min, spec.window_left)
+        if spec.sink_tokens:
+            left |= kv.pos_max < spec.sink_tokens
+        near &= left
+    if spec.window_right is not None:
+        near &= _nearer(kv.pos_max, q.pos_min, spec.window_right)
+    if spec.prefix:
+        near |= kv.pos_max < spec.prefix
+    return full & near
+
+
+def _nearer(high: jax.Array, low: jax.Array, distance: int) -> jax.Array:
+    """high - low < distance; False where the difference might wrap."""
+    return (high - low < distance) & (high <= _FAR) & (low >= -_FAR)
 
 
 def pad_tokens(x: jax.Array, axis: int, block: int, fill: int = 0) -> jax.Array:

@@ -146,11 +146,11 @@ class _Schedule:
         a = jnp.arange(plan.num_kv) * plan.block_kv
         live = plan.possible_by_index(lo, lo + plan.block_q, a, a + plan.block_kv)
         contiguous = plan.by_default and not plan.data
-        if plan.spec.window is not None and plan.spec.sink_tokens:
+        if plan.spec.window_left is not None and (plan.spec.sink_tokens or plan.spec.prefix):
             contiguous = False
         if not contiguous:
             q = Summary(*(lax.dynamic_slice_in_dim(x, i, 1, axis=1) for x in self._q))
-            live &= live_tiles(plan.spec, q, self._kv)
+            live &= jnp.any(live_tiles(plan.spec, q, self._kv), axis=0)
         live = jnp.broadcast_to(live, (plan.num_kv,))
         some = jnp.any(live)
         first = jnp.where(some, jnp.argmax(live), 0)

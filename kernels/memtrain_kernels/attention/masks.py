@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 
@@ -17,16 +19,25 @@ def visible(
 ) -> jax.Array:
     """Whether each query sees each key: bool in the broadcast shape of the four int32 arrays."""
     seen = (q_seg == kv_seg) & (kv_seg >= 0)
-    if spec.causal:
-        seen &= kv_pos <= q_pos
-    if spec.window is not None:
-        near = q_pos - kv_pos < spec.window
-        if spec.sink_tokens:
-            near |= kv_pos < spec.sink_tokens
-        seen &= near
+    near = None
+    for rule in _rules(spec, q_pos, kv_pos):
+        near = rule if near is None else near & rule
+    if near is not None:
+        seen &= (near | (kv_pos < spec.prefix)) if spec.prefix else near
     if spec.mask_fn is not None:
         seen &= jnp.asarray(spec.mask_fn(q_pos, kv_pos, q_seg, kv_seg), bool)
     return seen
+
+
+def _rules(spec: AttentionSpec, q_pos: jax.Array, kv_pos: jax.Array) -> Iterator[jax.Array]:
+    """What positions must fulfil, all of it; a prefix is exempt."""
+    if spec.causal:
+        yield kv_pos <= q_pos
+    if spec.window_left is not None:
+        left = q_pos - kv_pos < spec.window_left
+        yield (left | (kv_pos < spec.sink_tokens)) if spec.sink_tokens else left
+    if spec.window_right is not None:
+        yield kv_pos - q_pos < spec.window_right
 
 
 def fill_defaults(

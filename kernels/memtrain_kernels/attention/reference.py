@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memtrain_kernels.attention.capabilities import Capabilities
 from memtrain_kernels.attention.masks import fill_defaults, visible
 from memtrain_kernels.attention.spec import AttentionSpec
+
+
+CAPABILITIES = Capabilities("reference", verified_on=("*",))
+"""Serves everything, everywhere: plain jnp, held to a float64 oracle by the tests."""
 
 
 def attend(

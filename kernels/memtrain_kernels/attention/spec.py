@@ -10,6 +10,7 @@ import jax
 
 
 MaskFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+Window = int | tuple[int | None, int | None] | None
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,14 @@ class AttentionSpec:
 
     Fields:
       causal: kv_pos <= q_pos.
-      window: q_pos - kv_pos < window: `window` positions are seen, the query's own included.
-        It bounds the past only; together with `causal` it is the sliding window.
+      window: (left, right), or left alone. q_pos - kv_pos < left: `left` positions are seen, the
+        query's own included; together with `causal` it is the sliding window. kv_pos - q_pos <
+        right, the same ahead. None bounds nothing.
+      prefix: keys at positions < prefix are seen by every query of their segment, whatever causal
+        and window say (prefix language models).
       soft_cap: scores become soft_cap * tanh(scores / soft_cap), after the scale.
       scale: factor on q . k; None is head_dim ** -0.5.
-      sink_tokens: keys at positions < sink_tokens stay visible outside the window (same segment,
+      sink_tokens: keys at positions < sink_tokens stay visible left of the window (same segment,
         and causal where that is asked).
       mask_fn: a module-level function of (q_pos, kv_pos, q_seg, kv_seg), int32 arrays that
         broadcast, giving bool, ANDed with the rest. Module-level, so that it is hashed by name and
@@ -42,22 +46,39 @@ class AttentionSpec:
     """
 
     causal: bool = True
-    window: int | None = None
+    window: Window = None
     soft_cap: float | None = None
     scale: float | None = None
     sink_tokens: int = 0
+    prefix: int = 0
     mask_fn: MaskFn | None = None
     ordered: bool = False
     block_q: int | None = None
     block_kv: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("window", "block_q", "block_kv"):
+        if isinstance(self.window, tuple):
+            if len(self.window) != 2 or not all(_is_length(side) for side in self.window):
+                raise ValueError(
+                    f"AttentionSpec.window is {self.window!r}: give an int >= 1, or two (or "
+                    "None): left and right"
+                )
+            if self.causal and self.window[1] is not None:
+                raise ValueError(
+                    f"AttentionSpec.window is {self.window!r} and causal hides what is right of a "
+                    f"query: give window={self.window[0]!r}, or causal=False"
+                )
+        elif not _is_length(self.window):
+            raise ValueError(f"AttentionSpec.window is {self.window!r}: give an int >= 1, or None")
+        for name in ("block_q", "block_kv"):
+            if not _is_length(getattr(self, name)):
+                raise ValueError(
+                    f"AttentionSpec.{name} is {getattr(self, name)!r}: give an int >= 1, or None"
+                )
+        for name in ("sink_tokens", "prefix"):
             value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < 1):
-                raise ValueError(f"AttentionSpec.{name} is {value!r}: give an int >= 1, or None")
-        if not _is_int(self.sink_tokens) or self.sink_tokens < 0:
-            raise ValueError(f"AttentionSpec.sink_tokens is {self.sink_tokens!r}: give an int >= 0")
+            if not _is_int(value) or value < 0:
+                raise ValueError(f"AttentionSpec.{name} is {value!r}: give an int >= 0")
         if self.soft_cap is not None and not (math.isfinite(self.soft_cap) and self.soft_cap > 0):
             raise ValueError(
                 f"AttentionSpec.soft_cap is {self.soft_cap!r}: give a finite number > 0, or None"
@@ -69,9 +90,23 @@ class AttentionSpec:
         if self.mask_fn is not None and not callable(self.mask_fn):
             raise ValueError("AttentionSpec.mask_fn is not callable: give a module-level function")
 
+    @property
+    def window_left(self) -> int | None:
+        """Positions seen at and before the query's own; None is all."""
+        return self.window[0] if isinstance(self.window, tuple) else self.window
+
+    @property
+    def window_right(self) -> int | None:
+        """Positions seen at and after the query's own, where causal does not hide them."""
+        return self.window[1] if isinstance(self.window, tuple) else None
+
     def scale_for(self, head_dim: int) -> float:
         """The factor on q . k for this head_dim."""
         return head_dim**-0.5 if self.scale is None else self.scale
+
+
+def _is_length(value: object) -> bool:
+    return value is None or (_is_int(value) and value >= 1)  # type: ignore[operator]
 
 
 def _is_int(value: object) -> bool:

@@ -16,9 +16,14 @@ import numpy as np
 
 from memtrain_kernels.attention import direct, looped, tiles, unrolled
 from memtrain_kernels.attention.blocks import Plan, make_plan
+from memtrain_kernels.attention.capabilities import Capabilities
 from memtrain_kernels.attention.masks import fill_defaults
 from memtrain_kernels.attention.spec import AttentionSpec
 from memtrain_kernels.attention.tiles import Rows, Scaling, Tokens
+
+
+CAPABILITIES = Capabilities("xla", verified_on=("*",))
+"""Serves everything, everywhere: plain jnp, held to a float64 oracle by the tests."""
 
 
 def attend(

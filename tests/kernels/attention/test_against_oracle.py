@@ -160,6 +160,23 @@ CASES: dict[str, tuple[AttentionSpec, Shape, dict[str, Any]]] = {
         Shape(E=3),
         {"layout": "segments"},
     ),
+    "window, both sides": (
+        AttentionSpec(causal=False, window=(4, 3), sink_tokens=1, **SMALL),
+        Shape(),
+        {},
+    ),
+    "packed, ordered, window right": (
+        AttentionSpec(causal=False, window=(None, 2), ordered=True, **SMALL),
+        Shape(),
+        {"layout": "padded"},
+    ),
+    "prefix": (AttentionSpec(prefix=6, **SMALL), Shape(), {}),
+    "prefix, window": (AttentionSpec(window=2, prefix=3, **SMALL), Shape(), {"sink": True}),
+    "packed, ordered, prefix": (
+        AttentionSpec(window=3, prefix=2, ordered=True, **SMALL),
+        Shape(),
+        {"layout": "padded"},
+    ),
     "fewer keys": (AttentionSpec(causal=False, **SMALL), Shape(S=3), {"layout": "shuffled"}),
     "more queries than keys": (AttentionSpec(window=2, **SMALL), Shape(S=6), {}),
     "decode": (AttentionSpec(window=9), Shape(T=1, S=19), {"layout": "shuffled", "sink": True}),
@@ -184,14 +201,29 @@ def test_xla_agrees_with_the_oracle(case):
     check(spec, shape, **options)
 
 
-@pytest.mark.parametrize("case", ["full", "window", "sinks", "packed, ordered", "packed window"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "full",
+        "window",
+        "sinks",
+        "packed, ordered",
+        "packed window",
+        "window, both sides",
+        "packed, ordered, window right",
+        "prefix",
+        "prefix, window",
+    ],
+)
 def test_loops_agree_where_tiles_would_be_written_out(case, monkeypatch):
     monkeypatch.setattr(blocks, "_MAX_UNROLLED", 0)
     spec, shape, options = CASES[case]
     check(spec, shape, **options)
 
 
-@pytest.mark.parametrize("case", ["shuffled window", "cap, scale, mask", "packed window"])
+@pytest.mark.parametrize(
+    "case", ["shuffled window", "cap, scale, mask", "packed window", "prefix, window"]
+)
 def test_reference_agrees_with_the_oracle(case):
     spec, shape, options = CASES[case]
     check(spec, shape, backend="reference", **options)
@@ -201,10 +233,12 @@ def test_reference_agrees_with_the_oracle(case):
 def problems(draw):
     layout = draw(st.sampled_from(["default", "packed", "padded", "shuffled", "segments"]))
     window = draw(st.sampled_from([None, 1, 4, 11]))
+    causal = draw(st.booleans())
     spec = AttentionSpec(
-        causal=draw(st.booleans()),
-        window=window,
+        causal=causal,
+        window=window if causal else (window, draw(st.sampled_from([None, 1, 3]))),
         sink_tokens=draw(st.sampled_from([0, 2])) if window else 0,
+        prefix=draw(st.sampled_from([0, 0, 3])),
         soft_cap=draw(st.sampled_from([None, 3.0])),
         mask_fn=draw(st.sampled_from([None, every_third])),
         ordered=layout in ("packed", "padded") and draw(st.booleans()),

@@ -11,6 +11,7 @@ import pytest
 
 from memtrain_kernels import (
     AttentionSpec,
+    announce,
     attention,
     backend_counts,
     last_backend,
@@ -43,12 +44,12 @@ def test_choice_and_record(monkeypatch):
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "cuda")
     with pytest.raises(ValueError, match=r"MEMTRAIN_ATTENTION_BACKEND is 'cuda'.*reference, xla"):
         attention(X, X, X)
-    with pytest.raises(ValueError, match=r"backend argument is 'hopper'.*reference, xla"):
-        attention(X, X, X, backend="hopper")
+    with pytest.raises(ValueError, match=r"backend argument is 'triton'.*reference, xla"):
+        attention(X, X, X, backend="triton")
 
 
 def test_the_choice_is_logged_once_a_reason(monkeypatch, caplog):
-    monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(announce, "_announced", set())
     with caplog.at_level(logging.INFO, logger="memtrain_kernels"):
         attention(X, X, X)
         attention(X, X, X)
@@ -138,6 +139,10 @@ def test_what_does_not_fit_is_said_in_one_line(change, message):
     [
         {"window": 0},
         {"window": 2.5},
+        {"window": (3, 0)},
+        {"window": (3, 2)},
+        {"window": (1, 2, 3), "causal": False},
+        {"prefix": -1},
         {"block_q": 0},
         {"block_kv": True},
         {"sink_tokens": -1},

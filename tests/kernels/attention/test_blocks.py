@@ -129,28 +129,39 @@ def test_arbitrary_positions_skip_by_their_summaries():
     assert tiles_computed({"window": 9}, 16, 16, **tokens) == (3, 6)
 
 
-def test_summaries_never_empty_a_tile_that_has_a_visible_pair():
+def test_summaries_tell_dead_and_full_tiles():
+    """No dead tile has a visible pair, no full one a hidden pair, and both kinds are found."""
     rng = np.random.default_rng(3)
-    for _ in range(200):
+    found = {"dead": 0, "full": 0}
+    for _ in range(300):
+        causal = bool(rng.integers(2))
+        left = int(rng.integers(1, 9)) if rng.integers(2) else None
+        right = int(rng.integers(1, 9)) if not causal and rng.integers(2) else None
         spec = AttentionSpec(
-            causal=bool(rng.integers(2)),
-            window=int(rng.integers(1, 6)) if rng.integers(2) else None,
+            causal=causal,
+            window=(left, right),
             sink_tokens=int(rng.integers(0, 3)),
+            prefix=int(rng.integers(0, 4)) if rng.integers(2) else 0,
         )
-        pos, seg = rng.integers(0, 12, (2, 1, 8)), rng.integers(-1, 2, (2, 1, 8))
+        pos = rng.integers(0, 12, (2, 1, 1)) + np.sort(rng.integers(0, 6, (2, 1, 8)))
+        seg = rng.integers(-1, 2, (2, 1, 8)) if rng.integers(2) else np.zeros((2, 1, 8), int)
         summaries = [
             blocks.summarise(jnp.asarray(p, jnp.int32), jnp.asarray(s, jnp.int32), 4)
             for p, s in zip(pos, seg, strict=True)
         ]
+        q = blocks.Summary(*(x[0, :, None] for x in summaries[0]))
+        kv = blocks.Summary(*(x[0, None, :] for x in summaries[1]))
+        live, full = blocks.live_tiles(spec, q, kv), blocks.full_tiles(spec, q, kv)
         for i, j in np.ndindex(2, 2):
-            q, kv = (
-                blocks.Summary(*(x[:, n] for x in summary))
-                for summary, n in zip(summaries, (i, j), strict=True)
-            )
-            live = bool(blocks.live_tiles(spec, q, kv))
             pairs = [
                 oracle.sees(spec, pos[0, 0, t], pos[1, 0, s], seg[0, 0, t], seg[1, 0, s])
                 for t in range(4 * i, 4 * i + 4)
                 for s in range(4 * j, 4 * j + 4)
             ]
-            assert live or not any(pairs)
+            if not live[i, j]:
+                assert not any(pairs)
+                found["dead"] += 1
+            if full[i, j]:
+                assert all(pairs)
+                found["full"] += 1
+    assert min(found.values()) > 100, found
