@@ -13,6 +13,7 @@ from memtrain_kernels.attention import (
     resolve_backend,
 )
 from memtrain_kernels.lookup import product_key_topk, weighted_gather
+from memtrain_kernels.partition import partitioned
 from memtrain_kernels.target import compiling_for
 
 
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "last_backend",
     "merge",
+    "partitioned",
     "product_key_topk",
     "resolve_backend",
     "weighted_gather",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memtrain.memory.protocol import LeafSpec, map_spec
+from memtrain_kernels import partitioned
 
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -86,6 +88,12 @@ def constrain_batch(tree: Any, mesh: Mesh) -> Any:
         ),
         tree,
     )
+
+
+def kernels_over(mesh: Mesh) -> AbstractContextManager[None]:
+    """While a program is traced inside, kernels run on each device's own rows and heads."""
+    axes = {name: (rule,) if isinstance(rule, str) else rule for name, rule in RULES.items()}
+    return partitioned(mesh, batch=axes["batch"] or (), heads=axes["heads"] or ())
 
 
 def spec_shape(leaf: LeafSpec) -> jax.ShapeDtypeStruct:

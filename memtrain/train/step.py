@@ -13,7 +13,12 @@ from jaxtyping import Array
 from memtrain.data.batch import Batch
 from memtrain.memory.protocol import Aux, Context
 from memtrain.model.loss import cross_entropy_sum, token_losses
-from memtrain.parallel.sharding import batch_sharding, constrain_batch, replicated
+from memtrain.parallel.sharding import (
+    batch_sharding,
+    constrain_batch,
+    kernels_over,
+    replicated,
+)
 from memtrain.train.optimizer import global_norm, schedule_of
 from memtrain.train.state import Plan, TrainState
 
@@ -44,7 +49,8 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
 
     def loss_sum(parameters, batch: Batch, carry):
         model = plan.skeleton.merge(parameters)
-        hidden, carry, aux = model(batch.tokens, carry, context_of(batch, want_metrics=True))
+        with kernels_over(plan.mesh):
+            hidden, carry, aux = model(batch.tokens, carry, context_of(batch, want_metrics=True))
         loss = cross_entropy_sum(
             hidden, model.head(), batch.targets, batch.loss_weights, chunk, matmul
         )
@@ -83,7 +89,8 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
         return loss, jax.tree.map(join, carry), metrics, grads
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, carry, memory, grads = accumulated(state.parameters, batch, state.carry)
+        with kernels_over(plan.mesh):
+            loss, carry, memory, grads = accumulated(state.parameters, batch, state.carry)
         weight = jnp.sum(batch.loss_weights)
         scale = 1.0 / jnp.maximum(weight, 1e-9)
         loss = loss * scale
@@ -141,7 +148,8 @@ def make_evaluation_step(plan: Plan) -> Callable[[Any, Batch, Any], tuple[dict[s
 
     def evaluation_step(parameters, batch: Batch, carry: Any) -> tuple[dict[str, Any], Any]:
         model = plan.skeleton.merge(parameters)
-        hidden, carry, aux = model(batch.tokens, carry, context_of(batch, want_metrics=True))
+        with kernels_over(plan.mesh):
+            hidden, carry, aux = model(batch.tokens, carry, context_of(batch, want_metrics=True))
         nll, correct = token_losses(hidden, model.head(), batch.targets, chunk, matmul)
         answers = batch.loss_weights
         return {

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memtrain_kernels.attention.backends import backend_module, record, resolve_backend
+from memtrain_kernels.attention.backends import attend_with, record, resolve_backend
 from memtrain_kernels.attention.capabilities import Problem
 from memtrain_kernels.attention.merge import Partial, join_sink_logits, merge
 from memtrain_kernels.attention.spec import AttentionSpec
@@ -112,7 +112,7 @@ def attention(
     )
     name, reason = resolve_backend(backend, problem)
     record(name, reason)
-    o, lse = backend_module(name).attend(q, k, v, q_pos, kv_pos, q_seg, kv_seg, spec)
+    o, lse = attend_with(name)(q, k, v, q_pos, kv_pos, q_seg, kv_seg, spec)
     if prior is not None:
         o, lse = merge((o, lse), (prior[0].astype(o.dtype), prior[1].astype(lse.dtype)))
     if sink_logits is not None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
+
+import jax
 
 from memtrain_kernels.announce import Record, say_once
 from memtrain_kernels.attention.capabilities import Capabilities, Problem
+from memtrain_kernels.partition import is_told, over_devices
 from memtrain_kernels.target import Target, current_target
 
 
@@ -17,6 +21,12 @@ ENVIRONMENT_VARIABLE = "MEMTRAIN_ATTENTION_BACKEND"
 # In the order in which they are tried. cuDNN is first where a plain case is all that is asked.
 _CANDIDATES: dict[str, tuple[str, ...]] = {"gpu": ("cudnn",)}
 _FALLBACK = "xla"
+# XLA looks into the others, and splits them over devices by itself.
+_OPAQUE = ("tpu", "hopper")
+_NOT_TOLD = (
+    "there are several devices and the program does not say how it is sharded "
+    "(memtrain_kernels.partitioned)"
+)
 
 _record = Record("attention")
 
@@ -49,6 +59,8 @@ def resolve_backend(backend: str | None = None, problem: Problem | None = None) 
     passed_over = []
     for name in _CANDIDATES.get(target.platform, ()):
         refusal = why_not(name, problem, target)
+        if refusal is None and name in _OPAQUE and not is_told():
+            refusal = _NOT_TOLD
         if refusal is None:
             refusal = _unverified(name, problem, target)
         if refusal is None:
@@ -57,6 +69,12 @@ def resolve_backend(backend: str | None = None, problem: Problem | None = None) 
     if passed_over:
         return _FALLBACK, "automatic, for want of better; " + "; ".join(passed_over)
     return _FALLBACK, "automatic: blockwise, serves every device and every spec"
+
+
+def attend_with(name: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The function of a backend: (q, k, v, q_pos, kv_pos, q_seg, kv_seg, spec) -> (o, lse)."""
+    attend = backend_module(name).attend
+    return over_devices(attend) if name in _OPAQUE else attend
 
 
 def why_not(name: str, problem: Problem | None, target: Target) -> str | None:
@@ -101,6 +119,8 @@ def _forced(name: str, source: str, problem: Problem | None) -> tuple[str, str]:
             "'xla' serves every call on every device"
         )
     reason = f"forced by the {source}" if source == "backend argument" else f"forced by {source}"
+    if name in _OPAQUE and not is_told():
+        reason += f"; every operand is gathered: {_NOT_TOLD}"
     return name, reason
 
 
