@@ -22,7 +22,9 @@ from memtrain_kernels.attention.spec import AttentionSpec
 _BLOCK = 128
 _BLOCK_SHORT = 64
 _BLOCK_LONG = 256
+_BLOCK_VERY_LONG = 512
 _LONG = 1024
+_VERY_LONG = 4096
 # One tile of this many scores a head and row is cheaper than several: decoding, prefill chunks.
 _ONE_TILE = 128 * 2048
 # Tiles beyond this many are looped over: the program's size must not grow with the sequence.
@@ -116,7 +118,9 @@ def make_plan(
 
     if T == 1 or (T <= _BLOCK and T * S <= _ONE_TILE):
         return plan(T, S)
-    if max(T, S) > _LONG:
+    if max(T, S) >= _VERY_LONG and by_default and not data and spec.window is None:
+        block = _BLOCK_VERY_LONG  # documents and windows leave tiles half empty: they want less
+    elif max(T, S) > _LONG:
         block = _BLOCK_LONG
     elif by_index and spec.window_left is not None and spec.window_left <= _BLOCK_SHORT:
         # A block of queries reads its window rounded up to blocks: a short one wants short blocks.

@@ -1,7 +1,8 @@
 """Blockwise attention as loops over tiles: a program of one size for any length.
 
 The outer loop takes a block of queries; the inner one runs over the kv blocks between the first and
-the last that the block can see, and passes by those between them that it cannot.
+the last that the block can see, passes by those between them that it cannot, and masks only those
+that it sees in part.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from memtrain_kernels.attention import tiles
-from memtrain_kernels.attention.blocks import Plan, Summary, live_tiles, pad_tokens, summarise
+from memtrain_kernels.attention.blocks import (
+    Plan,
+    Summary,
+    full_tiles,
+    live_tiles,
+    pad_tokens,
+    summarise,
+)
 from memtrain_kernels.attention.tiles import Rows, Scaling, Tokens
 
 
@@ -38,17 +46,22 @@ def forward(
     def query_block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         q = lax.dynamic_slice_in_dim(q_BKRD, i * block_rows, block_rows, axis=2)
 
-        def tile(j: jax.Array, running: tiles.Running) -> tiles.Running:
+        def dead(j: jax.Array, running: tiles.Running) -> tiles.Running:
+            return running
+
+        def partial(j: jax.Array, running: tiles.Running) -> tiles.Running:
             k, v = _slice_kv(plan, k_BKSD, j), _slice_kv(plan, v_BKSE, j)
             s = tiles.masked_scores(plan.spec, scaling, q, k, schedule.cut(i, j))
             return tiles.absorb(running, s, v)
 
-        first, last, live = schedule.row(i)
+        def full(j: jax.Array, running: tiles.Running) -> tiles.Running:
+            k, v = _slice_kv(plan, k_BKSD, j), _slice_kv(plan, v_BKSE, j)
+            return tiles.absorb(running, tiles.scores(plan.spec, scaling, q, k), v)
+
+        first, last, kinds = schedule.row(i)
 
         def step(j: jax.Array, running: tiles.Running) -> tiles.Running:
-            if live is None:
-                return tile(j, running)
-            return lax.cond(live[j], tile, lambda j, running: running, j, running)
+            return lax.switch(kinds[j], (dead, partial, full), j, running)
 
         running = tiles.nothing(B, K, block_rows, E, dtype)
         return tiles.finish(lax.fori_loop(first, last, step, running))
@@ -90,23 +103,27 @@ def backward(
 
         block = Rows(*(at(x, 3 if n in (1, 3) else 2) for n, x in enumerate(rows)))
 
-        def tile(j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def partial(j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             k, v = _slice_kv(plan, k_BKSD, j), _slice_kv(plan, v_BKSE, j)
             return tiles.tile_gradients(plan.spec, scaling, block, k, v, schedule.cut(i, j))
 
-        def no_tile(j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def full(j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            k, v = _slice_kv(plan, k_BKSD, j), _slice_kv(plan, v_BKSE, j)
+            return tiles.tile_gradients(plan.spec, scaling, block, k, v, None)
+
+        def dead(j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             return (
                 jnp.zeros((B, K, block_rows, D), dtype),
                 jnp.zeros((B, K, D, plan.block_kv), dtype),
                 jnp.zeros((B, K, E, plan.block_kv), dtype),
             )
 
-        first, last, live = schedule.row(i)
+        first, last, kinds = schedule.row(i)
 
         def step(j: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
             dq, dk, dv = sums
             # The branches return a tile's share, not the sums: a branch would copy those.
-            shares = tile(j) if live is None else lax.cond(live[j], tile, no_tile, j)
+            shares = lax.switch(kinds[j], (dead, partial, full), j)
             return (
                 dq + shares[0],
                 _add_at(dk, shares[1], j * plan.block_kv),
@@ -139,23 +156,20 @@ class _Schedule:
         self._q = summarise(t.q_pos, t.q_seg, plan.block_q)
         self._kv = summarise(t.kv_pos, t.kv_seg, plan.block_kv)
 
-    def row(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """First and last (exclusive) kv block to visit, and bool [num_kv], None if all between."""
+    def row(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """First and last (exclusive) kv block to visit; and of all, int32 [num_kv], whether the
+        block is dead (0), seen in part (1) or in full by every row of the batch (2)."""
         plan = self._plan
         lo = i * plan.block_q
         a = jnp.arange(plan.num_kv) * plan.block_kv
+        q = Summary(*(lax.dynamic_slice_in_dim(x, i, 1, axis=1) for x in self._q))
         live = plan.possible_by_index(lo, lo + plan.block_q, a, a + plan.block_kv)
-        contiguous = plan.by_default and not plan.data
-        if plan.spec.window_left is not None and (plan.spec.sink_tokens or plan.spec.prefix):
-            contiguous = False
-        if not contiguous:
-            q = Summary(*(lax.dynamic_slice_in_dim(x, i, 1, axis=1) for x in self._q))
-            live &= jnp.any(live_tiles(plan.spec, q, self._kv), axis=0)
-        live = jnp.broadcast_to(live, (plan.num_kv,))
+        live = live & jnp.any(live_tiles(plan.spec, q, self._kv), axis=0)
+        full = live & jnp.all(full_tiles(plan.spec, q, self._kv), axis=0)
         some = jnp.any(live)
         first = jnp.where(some, jnp.argmax(live), 0)
         last = jnp.where(some, plan.num_kv - jnp.argmax(live[::-1]), 0)
-        return first, last, None if contiguous else live
+        return first, last, live.astype(jnp.int32) + full
 
     def cut(self, i: jax.Array, j: jax.Array) -> Tokens:
         plan, t = self._plan, self._tokens

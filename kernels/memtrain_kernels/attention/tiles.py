@@ -75,8 +75,14 @@ def masked_scores(
     tokens: Tokens,
 ) -> jax.Array:
     """Scaled, capped scores [B, K, R, S], -inf where the query does not see the key."""
-    s_BKRS = product("bkrd,bksd->bkrs", q_BKRD, k_BKSD)
-    return _mask(spec, cap(spec, scaling, s_BKRS), tokens)
+    return _mask(spec, scores(spec, scaling, q_BKRD, k_BKSD), tokens)
+
+
+def scores(
+    spec: AttentionSpec, scaling: Scaling, q_BKRD: jax.Array, k_BKSD: jax.Array
+) -> jax.Array:
+    """Scaled, capped scores [B, K, R, S] of a tile that every query sees in full."""
+    return cap(spec, scaling, product("bkrd,bksd->bkrs", q_BKRD, k_BKSD))
 
 
 def cap(spec: AttentionSpec, scaling: Scaling, s: jax.Array) -> jax.Array:
@@ -165,12 +171,16 @@ def tile_gradients(
     rows: Rows,
     k_BKSD: jax.Array,
     v_BKSE: jax.Array,
-    tokens: Tokens,
+    tokens: Tokens | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A tile's share of dq [B, K, R, D], dk [B, K, D, S], dv [B, K, E, S], before the scales."""
+    """A tile's share of dq [B, K, R, D], dk [B, K, D, S], dv [B, K, E, S], before the scales.
+
+    Without tokens, every query sees every key.
+    """
     dtype = k_BKSD.dtype
-    s_BKRS = cap(spec, scaling, product("bkrd,bksd->bkrs", rows.q_BKRD, k_BKSD))
-    p_BKRS = jnp.exp(_mask(spec, s_BKRS, tokens) - rows.lse_BKR1)
+    s_BKRS = scores(spec, scaling, rows.q_BKRD, k_BKSD)
+    masked = s_BKRS if tokens is None else _mask(spec, s_BKRS, tokens)
+    p_BKRS = jnp.exp(masked - rows.lse_BKR1)
     dp_BKRS = product("bkre,bkse->bkrs", rows.do_BKRE, v_BKSE)
     ds_BKRS = p_BKRS * (dp_BKRS - rows.delta_BKR1)
     if spec.soft_cap is not None:
