@@ -58,6 +58,7 @@ def examine() -> dict[str, Any]:
         usable = checks[-1].status != "broken"
     if usable:
         checks += [_attempt("matmul", _matmul), _attempt("attention", _attention)]
+        checks += [_attempt("kernels", _kernels)]
         usable = all(check.status != "broken" for check in checks)
     return {
         "usable": usable,
@@ -253,6 +254,20 @@ def _attention() -> Check:
         advice = "the numbers are wrong on this device: please report it, and use another"
         return Check("attention", "broken", found, advice)
     return Check("attention", "ok", found)
+
+
+def _kernels() -> Check:
+    """What a usual training call would run on, after the self-check where one is needed."""
+    from memtrain_kernels import AttentionSpec, resolve_backend
+    from memtrain_kernels.attention import Problem
+
+    call = Problem(1, 4096, 4096, 8, 8, 128, 128, "bfloat16", AttentionSpec(), True, True, True)
+    name, reason = resolve_backend(None, call)
+    found = f"bfloat16, head_dim 128, packed: {name} ({reason})"
+    if "failed" in reason:
+        advice = "the kernel of this device is left alone: slower, but right; please report it"
+        return Check("kernels", "note", found, advice)
+    return Check("kernels", "ok", found)
 
 
 def cpu_cores() -> float:

@@ -418,6 +418,7 @@ raise SystemExit(code)
     assert found["devices"]["found"].startswith("3 cpu")
     assert found["cache"]["found"].startswith(str(cache))
     assert float(found["attention"]["found"].split()[2]) < 1e-5
+    assert ": xla (automatic: " in found["kernels"]["found"]
     simulated, *others, refused, counts = done.stderr.splitlines()
     assert simulated.startswith("memtrain: no accelerator found: 3 devices are simulated")
     assert refused.startswith("the mesh needs 4 devices and JAX has started with 3:")

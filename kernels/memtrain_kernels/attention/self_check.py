@@ -157,18 +157,21 @@ def _digest(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def cache_file() -> Path:
-    """Where results are remembered: MEMTRAIN_CACHE, else the user's cache folder."""
+def cache_file() -> Path | None:
+    """Where results are remembered: MEMTRAIN_CACHE, else the user's cache folder; None if "off"."""
     folder = os.environ.get("MEMTRAIN_CACHE")
     if folder:
-        return Path(folder) / "self_checks.json"
+        return None if folder == "off" else Path(folder) / "self_checks.json"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "memtrain" / "self_checks.json"
 
 
 def _read_cache() -> dict[str, Any]:
+    file = cache_file()
+    if file is None:
+        return {}
     try:
-        found = json.loads(cache_file().read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -177,6 +180,8 @@ def _read_cache() -> dict[str, Any]:
 def _remember(key: str, result: SelfCheck) -> None:
     """A cache that cannot be written costs a check at the next start and nothing else."""
     file = cache_file()
+    if file is None:
+        return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps(_read_cache() | {key: asdict(result)}, indent=1)
