@@ -56,6 +56,8 @@ class Capabilities:
     platform: the jax platform whose devices run it; None is every one. device_kinds: parts of
     `jax.Device.device_kind`, one of which must occur. head_dims, value_dims: the sizes that are
     served. equal_dims: value_dim must be head_dim. max_tokens: of queries and of keys.
+    block_multiple: what the spec's block_q and block_kv must be multiples of; None if the backend
+    takes none from the spec.
     square: as many queries as keys. verified_on: the device kinds on which its numbers were checked
     against the oracle; "*" is every one.
     """
@@ -79,6 +81,7 @@ class Capabilities:
     lse: bool = True
     square: bool = False
     max_tokens: int | None = None
+    block_multiple: int | None = 1
     verified_on: tuple[str, ...] = ()
 
     def refusal(self, problem: Problem) -> str | None:
@@ -111,6 +114,11 @@ class Capabilities:
         ):
             if asked and not served:
                 yield f"{what}: it serves none"
+        for what, block in (("block_q", spec.block_q), ("block_kv", spec.block_kv)):
+            if block is not None and self.block_multiple is None:
+                yield f"{what} {block}: it chooses its own"
+            elif block is not None and block % (self.block_multiple or 1):
+                yield f"{what} {block}: it takes multiples of {self.block_multiple}"
         if self.square and problem.T != problem.S:
             yield f"{problem.T} queries and {problem.S} keys: it takes as many"
         longest = max(problem.T, problem.S)

@@ -26,6 +26,7 @@ CAPABILITIES = Capabilities(
     segments=False,
     lse=False,
     square=True,
+    block_multiple=None,
 )
 
 

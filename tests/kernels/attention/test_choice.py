@@ -138,6 +138,11 @@ REFUSED = {
     "the log-sum-exp": ({"lse": False}, {"lse": True}),
     "32 queries and 64 keys": ({"square": True}, {"T": 32}),
     "64 tokens": ({"max_tokens": 63}, {}),
+    "block_q 32: it chooses": ({"block_multiple": None}, {"spec": AttentionSpec(block_q=32)}),
+    "block_kv 96: it takes multiples of 128": (
+        {"block_multiple": 128},
+        {"spec": AttentionSpec(block_kv=96)},
+    ),
 }
 
 
