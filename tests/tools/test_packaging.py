@@ -52,7 +52,7 @@ def asked_for(extras: list[str]) -> list[Requirement]:
 
 
 def test_there_is_a_file_a_device() -> None:
-    assert sorted(PINS) == sorted([*DEVICE, "lint"])
+    assert sorted(PINS) == sorted([*DEVICE, "lint", "aot-tpu"])
 
 
 @pytest.mark.parametrize("name", sorted(PINS))

@@ -15,6 +15,7 @@ SCRIPTS = [
     "tools/test",
     "tools/lint",
     "tools/lock",
+    "tools/aot",
     ".ci/run",
 ]
 # A checkout in which set-up is done and every program notes how it was called.

@@ -133,10 +133,13 @@ def explain(
 
 
 def block_sizes(name: str, problem: Problem) -> tuple[int, int]:
-    """Tokens of queries and keys in a tile, as the backend chooses them for this problem."""
-    choose = getattr(backend_module(name), "block_sizes", None)
-    if choose is not None:
-        return choose(problem)
+    """Tokens of queries and keys in a tile, as the backend chooses them for this problem.
+
+    A backend with blocks of its own says so by `tile_of(problem)` in its module.
+    """
+    tile_of = getattr(backend_module(name), "tile_of", None)
+    if tile_of is not None:
+        return tile_of(problem)
     if name == "reference":
         return problem.T, problem.S
     plan = make_plan(
