@@ -15,11 +15,11 @@ from memtrain_kernels.partition import is_told, over_devices
 from memtrain_kernels.target import Target, current_target
 
 
-BACKENDS = ("reference", "xla", "tpu", "cudnn")
+BACKENDS = ("reference", "xla", "tpu", "hopper", "cudnn")
 ENVIRONMENT_VARIABLE = "MEMTRAIN_ATTENTION_BACKEND"
 
 # In the order in which they are tried. cuDNN is first where a plain case is all that is asked.
-_CANDIDATES: dict[str, tuple[str, ...]] = {"tpu": ("tpu",), "gpu": ("cudnn",)}
+_CANDIDATES: dict[str, tuple[str, ...]] = {"tpu": ("tpu",), "gpu": ("cudnn", "hopper")}
 _FALLBACK = "xla"
 # XLA looks into the others, and splits them over devices by itself.
 _OPAQUE = ("tpu", "hopper")

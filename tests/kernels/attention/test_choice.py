@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from memtrain_kernels import AttentionSpec, attention, compiling_for, explain, resolve_backend
+from memtrain_kernels import (
+    BACKENDS,
+    AttentionSpec,
+    attention,
+    compiling_for,
+    explain,
+    resolve_backend,
+)
 from memtrain_kernels.attention import Capabilities, Problem, backends, self_check, xla
 from memtrain_kernels.target import Target
 
@@ -186,6 +193,7 @@ def test_explain_counts_what_will_run():
     assert found.flops_forward == pytest.approx(products * (D + E))
     assert found.flops_backward == pytest.approx(products * (3 * D + 2 * E))
     assert found.bytes_forward == 2 * B * T * (H + K) * (D + E) + 4 * B * T * H
+    assert set(found.refusals) == set(BACKENDS) - {"xla"}
     assert found.refusals["reference"] == "" and "runs on gpu" in found.refusals["cudnn"]
     assert "verified  yes" in str(found)
 
