@@ -258,11 +258,15 @@ def _attention() -> Check:
 
 def _kernels() -> Check:
     """What a usual training call would run on, after the self-check where one is needed."""
-    from memtrain_kernels import AttentionSpec, resolve_backend
+    import jax
+
+    from memtrain_kernels import AttentionSpec, partitioned, resolve_backend
     from memtrain_kernels.attention import Problem
 
     call = Problem(1, 4096, 4096, 8, 8, 128, 128, "bfloat16", AttentionSpec(), True, True, True)
-    name, reason = resolve_backend(None, call)
+    everywhere = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    with partitioned(everywhere, batch=("data",)):  # as training does on several devices
+        name, reason = resolve_backend(None, call)
     found = f"bfloat16, head_dim 128, packed: {name} ({reason})"
     if "failed" in reason:
         advice = "the kernel of this device is left alone: slower, but right; please report it"

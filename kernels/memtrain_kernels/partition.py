@@ -9,7 +9,6 @@ sharded.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,9 +36,8 @@ class Partition:
         return tuple(kept) or None
 
 
-_partition: contextvars.ContextVar[Partition | None] = contextvars.ContextVar(
-    "partition", default=None
-)
+# Part of the key under which jit keeps programs: another partition is another program.
+_partition = jax.make_user_context(default_value=None)
 
 
 @contextlib.contextmanager
@@ -52,36 +50,53 @@ def partitioned(
     that do not divide a call's rows or heads are left out of that call, whose operands are then
     gathered over them.
     """
-    token = _partition.set(Partition(mesh, tuple(batch), tuple(heads)))
-    try:
+    for name in (*batch, *heads):
+        if name not in mesh.shape:
+            raise ValueError(f"mesh axis {name!r}: the mesh has {', '.join(mesh.shape)}")
+    if both := set(batch) & set(heads):
+        raise ValueError(f"mesh axis {min(both)!r} splits rows and heads: give it once")
+    with _partition(Partition(mesh, tuple(batch), tuple(heads))):
         yield
-    finally:
-        _partition.reset(token)
 
 
 def current_partition() -> Partition | None:
-    return _partition.get()
+    """What `partitioned` says, for kernels that are split in a way of their own."""
+    return _partition.value
 
 
 def is_told() -> bool:
     """Whether a kernel traced here runs on one device's share: there is but one device, the program
     said how it is sharded, or this is inside `jax.shard_map` already."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    return jax.device_count() == 1 or _partition.get() is not None or bool(manual)
+    return jax.device_count() == 1 or _partition.value is not None or _is_manual()
+
+
+def _is_manual() -> bool:
+    """Whether this is inside a shard_map over every axis of its mesh that has several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = set(mesh.manual_axes)
+    return bool(manual) and all(mesh.shape[n] == 1 or n in manual for n in mesh.axis_names)
 
 
 def over_devices(attend: Callable[..., Any]) -> Callable[..., Any]:
     """attend(q, k, v, q_pos, kv_pos, q_seg, kv_seg, spec) on each device's rows and heads."""
-    found = _partition.get()
-    if found is None or found.mesh.size == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+    found = _partition.value
+    if found is None or found.mesh.size == 1 or _is_manual():
         return attend
-    part = found
+    part: Partition = found
+    # Inside a shard_map over some axes only, what is left to split is split in one over the rest.
+    outer = set(jax.sharding.get_abstract_mesh().manual_axes)
+    inner: dict[str, Any] = (
+        {"axis_names": set(part.mesh.axis_names) - outer} if outer else {"mesh": part.mesh}
+    )
 
     def split(q, k, v, q_pos, kv_pos, q_seg, kv_seg, spec):
-        batch = part.axes(part.batch, q.shape[0])
+        rows_over, heads_over = (
+            tuple(n for n in names if n not in outer) for names in (part.batch, part.heads)
+        )
+        batch = part.axes(rows_over, q.shape[0])
         H, K = q.shape[2], k.shape[2]
-        kv_heads = None if K == 1 else part.axes(part.heads, H, K)
-        heads = part.axes(part.heads, H) if K == 1 else kv_heads  # one key head serves them all
+        kv_heads = None if K == 1 else part.axes(heads_over, H, K)
+        heads = part.axes(heads_over, H) if K == 1 else kv_heads  # one key head serves them all
         queries, keys = (PartitionSpec(batch, None, h, None) for h in (heads, kv_heads))
         tokens = (q_pos, kv_pos, q_seg, kv_seg)
         rows = [
@@ -90,7 +105,7 @@ def over_devices(attend: Callable[..., Any]) -> Callable[..., Any]:
         ]
         return jax.shard_map(
             lambda q, k, v, *tokens: attend(q, k, v, *tokens, spec),
-            mesh=part.mesh,
+            **inner,
             in_specs=(queries, keys, keys, *rows),
             out_specs=(queries, PartitionSpec(batch, None, heads)),
             check_vma=False,  # kernels say nothing of how their outputs vary

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,18 +15,20 @@ class Target(NamedTuple):
     is_here: bool  # false where programs are compiled for a device that this machine lacks
 
 
-_target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+_PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
+# Part of the key under which jit keeps programs: another target is another program.
+_target = jax.make_user_context(default_value=None)
 
 
 def current_target() -> Target:
     """What `compiling_for` says, or the default device of this process."""
-    given = _target.get()
+    given = _target.value
     if given is not None:
         return given
     chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     device = chosen if isinstance(chosen, jax.Device) else jax.local_devices()[0]
-    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
-    return Target(platform, device.device_kind, is_here=True)
+    name = str(device.platform)
+    return Target(_PLATFORMS.get(name, name), device.device_kind, is_here=True)
 
 
 @contextlib.contextmanager
@@ -36,8 +37,8 @@ def compiling_for(platform: str, device_kind: str) -> Iterator[None]:
 
     No self-check can run there: what is unverified on that device is taken only if it is forced.
     """
-    token = _target.set(Target(platform, device_kind, is_here=False))
-    try:
+    platform = _PLATFORMS.get(platform, platform)
+    if platform not in ("cpu", "gpu", "tpu"):
+        raise ValueError(f"platform {platform!r}: give cpu, gpu (cuda, rocm) or tpu")
+    with _target(Target(platform, device_kind, is_here=False)):
         yield
-    finally:
-        _target.reset(token)

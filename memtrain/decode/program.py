@@ -23,7 +23,6 @@ from memtrain.memory.protocol import Context
 from memtrain.model.config import Block, ModelConfig
 from memtrain.model.language_model import full_pattern
 from memtrain.model.unstacked import Unstacked, abstract_model, tensor_names
-from memtrain_kernels import resolve_backend
 
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -117,7 +116,7 @@ def _portable(config: ModelConfig) -> ModelConfig:
     """The model with attention on the backend that compiles for every platform."""
 
     def portable(layer: Any) -> Any:
-        if isinstance(layer, AttentionConfig) and resolve_backend(layer.backend)[0] != "xla":
+        if isinstance(layer, AttentionConfig):
             return dataclasses.replace(layer, backend="xla")
         return layer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Callable
 from types import ModuleType
 
@@ -18,8 +19,8 @@ from memtrain_kernels.target import Target, current_target
 BACKENDS = ("reference", "xla", "tpu", "hopper", "cudnn")
 ENVIRONMENT_VARIABLE = "MEMTRAIN_ATTENTION_BACKEND"
 
-# In the order in which they are tried. cuDNN is first where a plain case is all that is asked.
-_CANDIDATES: dict[str, tuple[str, ...]] = {"tpu": ("tpu",), "gpu": ("cudnn", "hopper")}
+# In the order in which they are tried.
+_CANDIDATES: dict[str, tuple[str, ...]] = {"tpu": ("tpu",), "gpu": ("hopper", "cudnn")}
 _FALLBACK = "xla"
 # XLA looks into the others, and splits them over devices by itself.
 _OPAQUE = ("tpu", "hopper")
@@ -27,6 +28,8 @@ _NOT_TOLD = (
     "there are several devices and the program does not say how it is sharded "
     "(memtrain_kernels.partitioned)"
 )
+
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 _record = Record("attention")
 
@@ -61,6 +64,12 @@ def resolve_backend(backend: str | None = None, problem: Problem | None = None) 
         refusal = why_not(name, problem, target)
         if refusal is None and name in _OPAQUE and not is_told():
             refusal = _NOT_TOLD
+        if (
+            refusal is None
+            and name == "cudnn"
+            and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", "")
+        ):
+            refusal = f"its gradients are not deterministic unless XLA_FLAGS has {_DETERMINISTIC}"
         if refusal is None:
             refusal = _unverified(name, problem, target)
         if refusal is None:
@@ -83,7 +92,9 @@ def why_not(name: str, problem: Problem | None, target: Target) -> str | None:
     if table.platform is not None and table.platform != target.platform:
         return f"runs on {table.platform}, this is {target.platform}"
     kinds = table.device_kinds
-    if kinds is not None and not any(kind in target.device_kind for kind in kinds):
+    if kinds is not None and not any(
+        re.search(rf"\b{re.escape(kind)}\b", target.device_kind) for kind in kinds
+    ):
         return f"runs on {', '.join(kinds)}, this is {target.device_kind}"
     return None if problem is None else table.refusal(problem)
 
@@ -119,6 +130,8 @@ def _forced(name: str, source: str, problem: Problem | None) -> tuple[str, str]:
             "'xla' serves every call on every device"
         )
     reason = f"forced by the {source}" if source == "backend argument" else f"forced by {source}"
+    if name == "cudnn" and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+        reason += f"; its gradients are not deterministic: XLA_FLAGS lacks {_DETERMINISTIC}"
     if name in _OPAQUE and not is_told():
         reason += f"; every operand is gathered: {_NOT_TOLD}"
     return name, reason
@@ -132,9 +145,7 @@ def _unverified(name: str, problem: Problem | None, target: Target) -> str | Non
         return f"unverified on {target.device_kind}, which is not here to check it"
     from memtrain_kernels.attention.self_check import self_check
 
-    head_dim = 128 if problem is None else problem.head_dim
-    dtype = "bfloat16" if problem is None else problem.dtype
-    result = self_check(name, target, head_dim=head_dim, dtype=dtype)
+    result = self_check(name, target, problem)
     say_once(result.line)
     return None if result.passed else result.line
 

@@ -172,13 +172,12 @@ def live_tiles(spec: AttentionSpec, q: Summary, kv: Summary) -> jax.Array:
     if spec.causal:
         near &= kv.pos_min <= q.pos_max
     if spec.window_left is not None:
-        # Written as a sum on the kv side: empty blocks hold extreme values, and q - kv wraps.
-        left = kv.pos_max > jnp.maximum(q.pos_min, -_FAR) - min(spec.window_left, _FAR)
+        left = ~_further(q.pos_min, kv.pos_max, spec.window_left)
         if spec.sink_tokens:
             left |= kv.pos_min < spec.sink_tokens
         near &= left
     if spec.window_right is not None:
-        near &= kv.pos_min < jnp.minimum(q.pos_max, _FAR) + min(spec.window_right, _FAR)
+        near &= ~_further(kv.pos_min, q.pos_max, spec.window_right)
     if spec.prefix:
         near |= kv.pos_min < spec.prefix
     return live & near
@@ -202,6 +201,11 @@ def full_tiles(spec: AttentionSpec, q: Summary, kv: Summary) -> jax.Array:
     if spec.prefix:
         near |= kv.pos_max < spec.prefix
     return full & near
+
+
+def _further(high: jax.Array, low: jax.Array, distance: int) -> jax.Array:
+    """high - low >= distance; False where the difference might wrap."""
+    return (high - low >= distance) & (jnp.abs(high) <= _FAR) & (jnp.abs(low) <= _FAR)
 
 
 def _nearer(high: jax.Array, low: jax.Array, distance: int) -> jax.Array:

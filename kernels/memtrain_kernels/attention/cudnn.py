@@ -5,14 +5,26 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from memtrain_kernels.attention.capabilities import Capabilities
+from memtrain_kernels.attention.capabilities import Capabilities, Problem
 from memtrain_kernels.attention.spec import AttentionSpec
 
 
 CAPABILITIES = Capabilities(
     name="cudnn",
     platform="gpu",
-    device_kinds=("A100", "A30", "A40", "L4", "L40", "H100", "H200", "GH200", "B100", "B200"),
+    device_kinds=(
+        "A100",
+        "A10",
+        "A30",
+        "A40",
+        "L4",
+        "L40",
+        "H100",
+        "H200",
+        "GH200",
+        "B100",
+        "B200",
+    ),
     dtypes=("bfloat16", "float16"),
     head_dims=(64, 128),
     equal_dims=True,
@@ -28,6 +40,11 @@ CAPABILITIES = Capabilities(
     square=True,
     block_multiple=None,
 )
+
+
+def tile_of(problem: Problem) -> tuple[int, int]:
+    """It does not tell its tiles: the whole."""
+    return problem.T, problem.S
 
 
 def attend(

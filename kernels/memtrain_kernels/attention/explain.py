@@ -16,6 +16,7 @@ from memtrain_kernels.attention.backends import (
     why_not,
 )
 from memtrain_kernels.attention.blocks import (
+    Plan,
     Summary,
     full_tiles,
     live_tiles,
@@ -24,13 +25,11 @@ from memtrain_kernels.attention.blocks import (
     summarise,
 )
 from memtrain_kernels.attention.capabilities import Problem
+from memtrain_kernels.attention.checks import IntArray, Shaped, checked
 from memtrain_kernels.attention.masks import fill_defaults
+from memtrain_kernels.attention.merge import Partial
 from memtrain_kernels.attention.spec import AttentionSpec
 from memtrain_kernels.target import current_target
-
-
-Shaped = jax.Array | jax.ShapeDtypeStruct
-IntArray = jax.Array | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,8 @@ def explain(
     kv_positions: IntArray | None = None,
     q_segments: IntArray | None = None,
     kv_segments: IntArray | None = None,
+    sink_logits: jax.Array | None = None,
+    prior: Partial | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Explanation:
@@ -88,25 +89,12 @@ def explain(
     are numbers, [B or 1, T or S] or [T or S], as they decide which tiles are skipped. Raises
     ValueError as `attention` does.
     """
-    problem = Problem.of(
-        q,
-        k,
-        v,
-        spec,
-        positions=q_positions is not None or kv_positions is not None,
-        segments=q_segments is not None or kv_segments is not None,
-        lse=return_lse,
-    )
+    given = (q_positions, kv_positions, q_segments, kv_segments)
+    problem, tokens = checked(q, k, v, spec, given, sink_logits, prior, return_lse)
     name, reason = resolve_backend(backend, problem)
     target = current_target()
     block_q, block_kv = block_sizes(name, problem)
-    given = (q_positions, kv_positions, q_segments, kv_segments)
-    tokens = fill_defaults(
-        problem.T,
-        problem.S,
-        *(None if x is None else jnp.atleast_2d(jnp.asarray(x)) for x in given),
-    )
-    live, full = _tiles(spec, tokens, block_q, block_kv)
+    live, full = _tiles(name, problem, fill_defaults(problem.T, problem.S, *tokens))
     share_live, share_full = float(live.mean()), float((live & full).mean())
     tile_flops = 2.0 * problem.B * problem.H * block_q * block_kv
     num_live = share_live * live[0].size
@@ -142,24 +130,38 @@ def block_sizes(name: str, problem: Problem) -> tuple[int, int]:
         return tile_of(problem)
     if name == "reference":
         return problem.T, problem.S
-    plan = make_plan(
-        problem.T,
-        problem.S,
-        group=problem.H // problem.K,
-        by_default=not problem.positions,
-        data=problem.positions or problem.segments,
-        spec=problem.spec,
-    )
+    plan = _plan(problem)
     return plan.block_q, plan.block_kv
 
 
-def _tiles(spec: AttentionSpec, tokens, block_q: int, block_kv: int) -> tuple[np.ndarray, ...]:
-    """Live and full tiles: bool [B or 1, num_q, num_kv]; O((T + S) / block) summaries before."""
+def _plan(p: Problem) -> Plan:
+    by_default, data = not p.positions, p.positions or p.segments
+    return make_plan(p.T, p.S, p.H // p.K, by_default, data, p.spec)
+
+
+def _tiles(name: str, problem: Problem, tokens) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles that are computed, and those of them that need no mask: bool [B or 1, num_q, num_kv].
+
+    "xla" takes the batch together: it skips what every row skips. Where it writes tiles out, what
+    indices rule out is all that it skips, and every tile is masked.
+    """
+    block_q, block_kv = block_sizes(name, problem)
+    if name in ("reference", "cudnn"):  # the whole is computed, or nothing is known of it
+        tiles = np.ones((1, -(-problem.T // block_q), -(-problem.S // block_kv)), bool)
+        return tiles, ~tiles
+    if name == "xla" and (plan := _plan(problem)).unrolled:
+        live = np.zeros((1, plan.num_q, plan.num_kv), bool)
+        for i in range(plan.num_q):
+            live[0, i, plan.kv_tiles(i)] = True
+        return live, np.zeros_like(live)
     q_pos, kv_pos, q_seg, kv_seg = tokens
     q, kv = (
         summarise(pad_tokens(pos, 1, block), pad_tokens(seg, 1, block, fill=-1), block)
         for pos, seg, block in ((q_pos, q_seg, block_q), (kv_pos, kv_seg, block_kv))
     )
     q, kv = Summary(*(x[:, :, None] for x in q)), Summary(*(x[:, None, :] for x in kv))
-    live, full = live_tiles(spec, q, kv), full_tiles(spec, q, kv)
-    return np.asarray(live), np.asarray(full)
+    live = np.asarray(live_tiles(problem.spec, q, kv))
+    full = np.asarray(full_tiles(problem.spec, q, kv))
+    if name == "xla":
+        live, full = live.any(0, keepdims=True), full.all(0, keepdims=True)
+    return live, full

@@ -7,8 +7,6 @@ that it sees in part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,6 +21,7 @@ from memtrain_kernels.attention.blocks import (
     summarise,
 )
 from memtrain_kernels.attention.tiles import Rows, Scaling, Tokens
+from memtrain_kernels.varying import vary_as
 
 
 def forward(
@@ -34,14 +33,13 @@ def forward(
     tokens: Tokens,
 ) -> tuple[jax.Array, jax.Array]:
     """o [B, K, R, E] and lse [B, K, R, 1]."""
-    B, K, R, _ = q_BKRD.shape
+    R = q_BKRD.shape[2]
     E = v_BKSE.shape[-1]
     block_rows = plan.block_q * (R // plan.T)
     q_BKRD = pad_tokens(q_BKRD, 2, block_rows)
     k_BKSD = pad_tokens(k_BKSD, 2, plan.block_kv)
     v_BKSE = pad_tokens(v_BKSE, 2, plan.block_kv)
     schedule = _Schedule(plan, tokens)
-    dtype = tiles.accumulation_dtype(q_BKRD.dtype)
 
     def query_block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         q = lax.dynamic_slice_in_dim(q_BKRD, i * block_rows, block_rows, axis=2)
@@ -63,7 +61,7 @@ def forward(
         def step(j: jax.Array, running: tiles.Running) -> tiles.Running:
             return lax.switch(kinds[j], (dead, partial, full), j, running)
 
-        running = tiles.nothing(B, K, block_rows, E, dtype)
+        running = tiles.nothing(q, E)
         return tiles.finish(lax.fori_loop(first, last, step, running))
 
     o, lse = lax.map(query_block, jnp.arange(plan.num_q))
@@ -93,7 +91,10 @@ def backward(
     k_BKSD = pad_tokens(k_BKSD, 2, plan.block_kv)
     v_BKSE = pad_tokens(v_BKSE, 2, plan.block_kv)
     schedule = _Schedule(plan, tokens)
-    dtype = tiles.accumulation_dtype(k_BKSD.dtype)
+
+    def zeros(rows: int, columns: int) -> jax.Array:
+        dtype = tiles.accumulation_dtype(k_BKSD.dtype)
+        return vary_as(jnp.zeros((B, K, rows, columns), dtype), k_BKSD)
 
     def query_block(
         carry: tuple[jax.Array, jax.Array], i: jax.Array
@@ -112,11 +113,7 @@ def backward(
             return tiles.tile_gradients(plan.spec, scaling, block, k, v, None)
 
         def dead(j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            return (
-                jnp.zeros((B, K, block_rows, D), dtype),
-                jnp.zeros((B, K, D, plan.block_kv), dtype),
-                jnp.zeros((B, K, E, plan.block_kv), dtype),
-            )
+            return zeros(block_rows, D), zeros(D, plan.block_kv), zeros(E, plan.block_kv)
 
         first, last, kinds = schedule.row(i)
 
@@ -130,14 +127,12 @@ def backward(
                 _add_at(dv, shares[2], j * plan.block_kv),
             )
 
-        dq = jnp.zeros((B, K, block_rows, D), dtype)
-        dq, dk, dv = lax.fori_loop(first, last, step, (dq, *carry))
+        dq, dk, dv = lax.fori_loop(first, last, step, (zeros(block_rows, D), *carry))
         return (dk, dv), dq
 
-    zeros: Callable[[int], jax.Array] = lambda width: jnp.zeros(  # noqa: E731
-        (B, K, width, k_BKSD.shape[2]), dtype
-    )
-    (dk, dv), dq = lax.scan(query_block, (zeros(D), zeros(E)), jnp.arange(plan.num_q))
+    S_padded = k_BKSD.shape[2]
+    sums = zeros(D, S_padded), zeros(E, S_padded)
+    (dk, dv), dq = lax.scan(query_block, sums, jnp.arange(plan.num_q))
     return _blocks_to_rows(dq)[:, :, :R], dk[..., :S], dv[..., :S]
 
 

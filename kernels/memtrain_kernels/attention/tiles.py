@@ -18,6 +18,7 @@ from jax import lax
 
 from memtrain_kernels.attention.masks import visible
 from memtrain_kernels.attention.spec import AttentionSpec
+from memtrain_kernels.varying import vary_as
 
 
 class Tokens(NamedTuple):
@@ -137,12 +138,13 @@ def absorb(running: Running, s_BKRS: jax.Array, v_BKSE: jax.Array) -> Running:
     )
 
 
-def nothing(B: int, K: int, R: int, E: int, dtype: jnp.dtype) -> Running:
-    """The softmax over no key."""
+def nothing(q_BKRD: jax.Array, E: int) -> Running:
+    """The softmax over no key, for these query rows."""
+    rows, dtype = q_BKRD.shape[:3], accumulation_dtype(q_BKRD.dtype)
     return Running(
-        jnp.full((B, K, R, 1), -jnp.inf, dtype),
-        jnp.zeros((B, K, R, 1), dtype),
-        jnp.zeros((B, K, R, E), dtype),
+        vary_as(jnp.full((*rows, 1), -jnp.inf, dtype), q_BKRD),
+        vary_as(jnp.zeros((*rows, 1), dtype), q_BKRD),
+        vary_as(jnp.zeros((*rows, E), dtype), q_BKRD),
     )
 
 

@@ -20,7 +20,7 @@ def forward(
     tokens: Tokens,
 ) -> tuple[jax.Array, jax.Array]:
     """o [B, K, R, E] and lse [B, K, R, 1]."""
-    B, K, R, _ = q_BKRD.shape
+    R = q_BKRD.shape[2]
     group = R // plan.T
     outs, lses = [], []
     for i in range(plan.num_q):
@@ -33,8 +33,7 @@ def forward(
             s = tiles.masked_scores(plan.spec, scaling, q, k, _cut(tokens, lo, hi, a, b))
             running = tiles.start(s, v) if running is None else tiles.absorb(running, s, v)
         if running is None:
-            dtype = tiles.accumulation_dtype(q.dtype)
-            running = tiles.nothing(B, K, q.shape[2], v_BKSE.shape[-1], dtype)
+            running = tiles.nothing(q, v_BKSE.shape[-1])
         o, lse = tiles.finish(running)
         outs.append(o)
         lses.append(lse)

@@ -20,6 +20,7 @@ from memtrain_kernels.attention.capabilities import Capabilities
 from memtrain_kernels.attention.masks import fill_defaults
 from memtrain_kernels.attention.spec import AttentionSpec
 from memtrain_kernels.attention.tiles import Rows, Scaling, Tokens
+from memtrain_kernels.varying import vary_alike
 
 
 CAPABILITIES = Capabilities("xla", verified_on=("*",))
@@ -47,7 +48,8 @@ def attend(
         data=any(x is not None for x in given),
         spec=spec,
     )
-    return _attend(q_BTHD, k_BSKD, v_BSKE, Tokens(*fill_defaults(T, S, *given)), plan)
+    arrays = vary_alike(q_BTHD, k_BSKD, v_BSKE, *fill_defaults(T, S, *given))
+    return _attend(*arrays[:3], Tokens(*arrays[3:]), plan)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -133,7 +135,8 @@ def _form(plan: Plan) -> ModuleType:
 
 def _scaling(spec: AttentionSpec, q: jax.Array) -> Scaling:
     scale = spec.scale_for(q.shape[-1])
-    exact = q.dtype.itemsize >= 4 or abs(math.frexp(scale)[0]) == 0.5
+    # A power of two changes no digit; but float16 has few exponents, and must not overflow.
+    exact = q.dtype.itemsize >= 4 or (abs(math.frexp(scale)[0]) == 0.5 and abs(scale) <= 1)
     return Scaling(scale, 1.0) if exact else Scaling(1.0, scale)
 
 

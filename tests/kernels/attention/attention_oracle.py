@@ -10,14 +10,15 @@ import numpy as np
 
 
 def sees(spec, q_pos: int, kv_pos: int, q_seg: int, kv_seg: int) -> bool:
+    q_pos, kv_pos = int(q_pos), int(kv_pos)
     if q_seg < 0 or kv_seg < 0 or q_seg != kv_seg:
         return False
-    if not kv_pos < spec.prefix:
+    if not (spec.prefix and kv_pos < spec.prefix):
         if spec.causal and kv_pos > q_pos:
             return False
         left, right = spec.window if isinstance(spec.window, tuple) else (spec.window, None)
         outside = left is not None and q_pos - kv_pos >= left
-        if outside and not kv_pos < spec.sink_tokens:
+        if outside and not (spec.sink_tokens and kv_pos < spec.sink_tokens):
             return False
         if right is not None and kv_pos - q_pos >= right:
             return False

@@ -143,7 +143,8 @@ def test_summaries_tell_dead_and_full_tiles():
             sink_tokens=int(rng.integers(0, 3)),
             prefix=int(rng.integers(0, 4)) if rng.integers(2) else 0,
         )
-        pos = rng.integers(0, 12, (2, 1, 1)) + np.sort(rng.integers(0, 6, (2, 1, 8)))
+        far = rng.choice([0, 0, 0, 2**30 - 20, 1 - 2**30, 1_500_000_000, -1_500_000_000])
+        pos = far + rng.integers(0, 12, (2, 1, 1)) + np.sort(rng.integers(0, 6, (2, 1, 8)))
         seg = rng.integers(-1, 2, (2, 1, 8)) if rng.integers(2) else np.zeros((2, 1, 8), int)
         summaries = [
             blocks.summarise(jnp.asarray(p, jnp.int32), jnp.asarray(s, jnp.int32), 4)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from types import SimpleNamespace
 
 import jax
@@ -17,9 +18,10 @@ from memtrain_kernels import (
     resolve_backend,
 )
 from memtrain_kernels.attention import Capabilities, Problem, backends, self_check, xla
-from memtrain_kernels.target import Target
+from memtrain_kernels.target import Target, current_target
 
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 HERE = Target("gpu", "NVIDIA H100 80GB HBM3", is_here=True)
 PLAIN = Problem(1, 64, 64, 4, 2, 128, 128, "bfloat16", AttentionSpec())
 
@@ -33,6 +35,7 @@ def on_gpu(monkeypatch, tmp_path):
     """As if on an H100: backend "cudnn" is what `install` makes it."""
     monkeypatch.setenv("MEMTRAIN_CACHE", str(tmp_path))
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " " + DETERMINISTIC)
     monkeypatch.setattr(backends, "current_target", lambda: HERE)
     monkeypatch.setattr(backends, "_CANDIDATES", {"gpu": ("cudnn",)})
     real = backends.backend_module
@@ -59,21 +62,27 @@ def test_a_backend_that_agrees_is_taken_and_the_check_is_remembered(on_gpu, tmp_
     checks = on_gpu(xla.attend)
     name, reason = resolve_backend(problem=PLAIN)
     assert name == "cudnn" and "serves this call on NVIDIA H100" in reason
-    assert len(checks) == 3  # traced once for each spec of the check
+    assert len(checks) == 4  # traced once for each call of the check
     (key,) = json.loads((tmp_path / "self_checks.json").read_text())
-    assert key.startswith("cudnn NVIDIA H100 80GB HBM3 128 bfloat16 jax ")
+    assert key.startswith("cudnn NVIDIA H100 80GB HBM3 bfloat16 128 128 jax ")
     self_check._checked.cache_clear()  # as in the next process
-    assert resolve_backend(problem=PLAIN)[0] == "cudnn" and len(checks) == 3
+    assert resolve_backend(problem=PLAIN)[0] == "cudnn" and len(checks) == 4
 
 
-@pytest.mark.parametrize("spoil", ["output", "gradient", "nan"])
+@pytest.mark.parametrize("spoil", ["output", "gradient", "nan", "soft cap", "lse", "long"])
 def test_a_backend_that_is_wrong_is_not_taken(on_gpu, spoil):
     def attend(q, k, v, *rest):
         if spoil == "gradient":  # right values, wrong gradient of the keys
             k = jax.lax.stop_gradient(k)
+        if spoil == "soft cap":
+            rest = (*rest[:4], dataclasses.replace(rest[4], soft_cap=None))
         o, lse = xla.attend(q, k, v, *rest)
         if spoil == "output":
             o = o.at[:, -1].multiply(1.2)
+        if spoil == "lse":
+            lse = lse.at[:, -1].add(0.01)
+        if spoil == "long":  # right over the first tiles of a long row
+            o = o.at[:, 2000:].multiply(1.2)
         return o * jnp.nan if spoil == "nan" else o, lse
 
     on_gpu(attend)
@@ -89,6 +98,20 @@ def test_a_backend_that_does_not_compile_is_not_taken(on_gpu):
     name, reason = resolve_backend(problem=PLAIN)
     assert name == "xla" and "failed: NotImplementedError: no such instruction" in reason
     assert "\n" not in reason
+    # The next process tries again: what could not run may run then.
+    self_check._checked.cache_clear()
+    on_gpu(xla.attend)
+    assert resolve_backend(problem=PLAIN)[0] == "cudnn"
+
+
+def test_cudnn_is_automatic_only_where_it_is_deterministic(on_gpu, monkeypatch):
+    on_gpu(xla.attend, verified_on=("*",))
+    assert resolve_backend(problem=PLAIN)[0] == "cudnn"
+    monkeypatch.setenv("XLA_FLAGS", "")
+    name, reason = resolve_backend(problem=PLAIN)
+    assert name == "xla" and f"not deterministic unless XLA_FLAGS has {DETERMINISTIC}" in reason
+    name, reason = resolve_backend("cudnn", PLAIN)
+    assert name == "cudnn" and "not deterministic" in reason
 
 
 def test_the_check_runs_while_a_program_is_traced(on_gpu):
@@ -198,9 +221,67 @@ def test_explain_counts_what_will_run():
     assert "verified  yes" in str(found)
 
 
+def test_explain_tells_what_xla_computes():
+    """Where its tiles are written out, what indices rule out; in loops, what every row skips."""
+    x = jax.ShapeDtypeStruct((2, 64, 1, 8), jnp.float32)
+    rows = jnp.stack([jnp.repeat(jnp.arange(4), 16), jnp.zeros(64, jnp.int32)])
+    tokens = {"q_segments": rows, "kv_segments": rows, "q_positions": jnp.arange(64)}
+    ordered = AttentionSpec(block_q=16, block_kv=16, ordered=True)
+    assert explain(x, x, x, spec=ordered, **tokens).skipped_share == 6 / 16
+    looped = AttentionSpec(causal=False, block_q=16, block_kv=16)
+    found = explain(x, x, x, spec=looped, **tokens)
+    assert (found.skipped_share, found.partial_share) == (0, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"k": jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.float32)}, "q has 3 heads and k has 2"),
+        ({"q_positions": jnp.arange(5)}, r"give \[1, 64\] or \[64\]"),
+    ],
+)
+def test_explain_refuses_what_attention_refuses(change, words):
+    x = jax.ShapeDtypeStruct((1, 64, 3, 8), jnp.float32)
+    arguments = {"q": x, "k": x, "v": x} | change
+    if "k" in change:
+        arguments["v"] = change["k"]
+    q, k, v = (arguments.pop(n) for n in "qkv")
+    with pytest.raises(ValueError, match=words):
+        explain(q, k, v, **arguments)
+
+
+def test_a_sink_or_a_prior_needs_the_log_sum_exp():
+    x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+    with compiling_for("cuda", "NVIDIA H100"):
+        assert explain(x, x, x, backend="cudnn").backend == "cudnn"
+        with pytest.raises(ValueError, match="the log-sum-exp: it serves none"):
+            explain(x, x, x, backend="cudnn", sink_logits=jnp.zeros(2))
+
+
+def test_another_target_is_another_program():
+    seen = []
+
+    @jax.jit
+    def program(x):
+        seen.append(current_target().platform)
+        return x
+
+    program(1.0)
+    with compiling_for("rocm", "MI300"):
+        program(1.0)
+    program(1.0)
+    assert seen == ["cpu", "gpu"]
+    with (
+        pytest.raises(ValueError, match="platform 'metal': give cpu, gpu"),
+        compiling_for("metal", "M4"),
+    ):
+        pass
+
+
 def test_explain_reads_segments():
     x = jax.ShapeDtypeStruct((1, 64, 1, 8), jnp.float32)
     segments = jnp.repeat(jnp.arange(4), 16)
     spec = AttentionSpec(causal=False, block_q=16, block_kv=16)
-    found = explain(x, x, x, spec=spec, q_segments=segments, kv_segments=segments)
+    tokens = {"q_segments": segments, "kv_segments": segments, "q_positions": jnp.arange(64)}
+    found = explain(x, x, x, spec=spec, **tokens)
     assert (found.skipped_share, found.partial_share) == (0.75, 0)

@@ -21,7 +21,7 @@ def shapes_seen(monkeypatch):
     seen = []
 
     def attend(q, k, v, *rest):
-        seen.append((q.shape, k.shape, rest[2].shape))
+        seen.append((q.shape, k.shape, None if rest[2] is None else rest[2].shape))
         return xla.attend(q, k, v, *rest)
 
     real = backends.backend_module
@@ -74,6 +74,34 @@ def test_each_device_gets_its_rows_and_heads(shapes_seen, rows, heads, kv_heads,
     assert shapes_seen[-1] == expected
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_inside_a_shard_map_over_some_axes_the_rest_is_split(shapes_seen):
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "context"))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 24, 2, 8)), jnp.float32)
+
+    def own_part(x):
+        with partitioned(mesh, batch=("data",)):
+            return attention(x, x, x, backend="xla")
+
+    part = P(None, "context")
+    run = jax.shard_map(
+        own_part, mesh=mesh, in_specs=part, out_specs=part, axis_names={"context"}, check_vma=False
+    )
+    out = jax.jit(run)(x)
+    assert shapes_seen[-1][0] == (2, 6, 2, 8)
+    cut = [attention(c, c, c, backend="reference") for c in jnp.split(x, 4, axis=1)]
+    np.testing.assert_allclose(out, jnp.concatenate(cut, axis=1), atol=1e-5)
+
+
+def test_axes_that_are_not_there_are_refused():
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
+    for axes, words in (
+        ({"batch": ("dta",)}, "mesh axis 'dta': the mesh has data"),
+        ({"batch": ("data",), "heads": ("data",)}, "mesh axis 'data' splits rows and heads"),
+    ):
+        with pytest.raises(ValueError, match=words), partitioned(mesh, **axes):
+            pass
 
 
 def test_what_the_program_does_not_say_is_said(shapes_seen):

@@ -124,6 +124,49 @@ def test_many_drawn_masks(spec, tokens, seed):
     problems.check(inputs, cotangents, tokens, spec, TOLERANCE["float32"])
 
 
+ODD: dict[str, tuple[AttentionSpec, dict[str, int]]] = {
+    "one query, everything": (
+        AttentionSpec(
+            window=40, prefix=9, sink_tokens=4, soft_cap=3.0, mask_fn=problems.same_parity, **TILES
+        ),
+        {"T": 1, "S": 300, "E": 192, "H": 3, "K": 1},
+    ),
+    "one key": (AttentionSpec(window=40, prefix=9, **TILES), {"T": 300, "S": 1}),
+    "prefix beyond the keys": (
+        AttentionSpec(causal=False, window=(None, 2), prefix=200, **TILES),
+        {"T": 300, "S": 140, "B": 2, "H": 4, "K": 2},
+    ),
+    "sinks over two blocks": (
+        AttentionSpec(causal=False, window=(1, 1), sink_tokens=130, **TILES),
+        {"T": 140, "S": 400, "H": 2, "K": 2},
+    ),
+    "negative scale": (AttentionSpec(scale=-0.3, soft_cap=1.0, **TILES), {"T": 130, "S": 130}),
+    "wide": (
+        AttentionSpec(window=60, prefix=3, **TILES),
+        {"T": 130, "S": 130, "D": 256, "E": 192, "H": 1},
+    ),
+    "its own blocks": (AttentionSpec(window=10, sink_tokens=300), {"T": 600, "S": 600, "H": 1}),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", ODD)
+def test_odd_shapes(case):
+    spec, shape = ODD[case]
+    inputs, cotangents = problems.arrays(**shape)
+    problems.check(inputs, cotangents, NOTHING_GIVEN, spec, TOLERANCE["float32"])
+
+
+def test_a_nan_stays_a_nan():
+    (q, k, v), cotangents = problems.arrays()
+    q = q.at[0, 7].set(jnp.nan)
+    (out, _), _ = problems.results(
+        (q, k, v), cotangents, NOTHING_GIVEN, AttentionSpec(**TILES), interpret=True
+    )
+    assert np.isnan(out[0, 7]).all()
+    assert np.isfinite(out[0, 8:]).all()
+
+
 def test_rows_that_see_nothing():
     inputs, cotangents = problems.arrays()
     positions = np.arange(300, dtype=np.int32)[None]

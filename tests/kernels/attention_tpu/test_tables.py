@@ -128,7 +128,14 @@ def test_chunks_and_parts_change_nothing(monkeypatch):
     assert operation._head_blocks(plan, 300, 128) == 1
     one = problems.results(inputs, cotangents, (given, given, None, None), spec, interpret=True)
     monkeypatch.setattr(tables, "MAX_ROWS", 2)
+    jax.clear_caches()  # the programs that were made with large tables
+    calls, in_chunks = [], tables.in_chunks
+    monkeypatch.setattr(
+        tables, "in_chunks", lambda call, t, rows: calls.append(t) or in_chunks(call, t, rows)
+    )
     many = problems.results(inputs, cotangents, nothing, spec, interpret=True)
+    jax.clear_caches()
+    assert len(calls) >= 3 and max(len(t) for t in calls) > 2
     for a, b, c in zip(*(jax.tree.leaves(x) for x in (parts, one, many)), strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(a, c)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CAPABILITIES = Capabilities(
     name="tpu",
     platform="tpu",
+    device_kinds=("TPU v5", "TPU v5e", "TPU v5p", "TPU v6", "TPU v6e"),
     dtypes=("bfloat16", "float32"),
     head_dims=(64, 128, 256),
     value_dims=(64, 128, 192, 256),

@@ -14,6 +14,7 @@ from memtrain_kernels.attention.masks import fill_defaults
 from memtrain_kernels.attention.spec import AttentionSpec
 from memtrain_kernels.attention.tpu import backward, forward, tables, tile
 from memtrain_kernels.attention.tpu.block_sizes import Blocks, blocks_for, chip
+from memtrain_kernels.varying import vary_alike
 
 
 class Tokens(NamedTuple):
@@ -53,18 +54,8 @@ def attend(
     by_default = q_pos is None and kv_pos is None
     plan = Plan(spec, *blocks_for(spec, D, T, S, chip()), by_default, interpret)
     arrays = (q_BTHD, k_BSKD, v_BSKE, *fill_defaults(T, S, q_pos, kv_pos, q_seg, kv_seg))
-    q, k, v, *tokens = _vary_alike(arrays)
+    q, k, v, *tokens = vary_alike(*arrays)
     return _compiled(q, k, v, Tokens(*tokens), plan)
-
-
-def _vary_alike(arrays: tuple[jax.Array, ...]) -> list[jax.Array]:
-    """Inside shard_map a kernel's operands must vary over the same mesh axes."""
-    varying = [frozenset(jax.typeof(x).manual_axis_type.varying) for x in arrays]
-    axes = frozenset().union(*varying)
-    return [
-        jax.lax.pcast(x, tuple(sorted(axes - own)), to="varying") if axes - own else x
-        for x, own in zip(arrays, varying, strict=True)
-    ]
 
 
 # One program even where the caller compiles nothing: a grid's bound is computed on the device.
