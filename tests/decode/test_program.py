@@ -7,9 +7,11 @@ import sys
 
 import pytest
 
+import memtrain_kernels
 from memtrain.config import Experiment
 from memtrain.data.tokenizer import load_tokenizer
 from memtrain.decode.export import export_model
+from memtrain.decode.program import export_programs
 from memtrain.layers import Attention, Block, ModelConfig, ShortConv
 
 from .conftest import random_model
@@ -70,3 +72,14 @@ def test_state_within_state_goes_through_the_program(tmp_path):
     spec = json.loads((tmp_path / "m.mtx" / "cache_spec.json").read_text())
     leaves = [name for place in spec["places"] for name in place["leaves"]]
     assert {"input", "key_conv.input", "key_conv.document"} <= set(leaves)
+
+
+@pytest.mark.parametrize("backend", ["tpu", "cudnn"])
+def test_a_program_asks_no_device_what_it_prefers(backend, monkeypatch):
+    """A model that was trained on another device's kernels, and a variable that asks for them."""
+    layer = Attention(num_heads=1, head_dim=64, backend=backend)
+    config = ModelConfig(dim=64, pattern=(Block(mixer=layer),))
+    monkeypatch.setenv("MEMTRAIN_ATTENTION_BACKEND", backend)
+    files = export_programs(config, 16, capacity=32, chunk=8)
+    assert {"prefill.jaxexport", "step.jaxexport"} <= set(files)
+    assert memtrain_kernels.last_backend() == "xla"
