@@ -1,45 +1,78 @@
 """The embedding bag that memory layers live on: a weighted sum of a few table rows per query."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+
+from memtrain_kernels.lookup.bag_gradient import (
+    accumulation_dtype,
+    table_gradient,
+    weights_gradient,
+)
+from memtrain_kernels.lookup.checks import Arrays, check_bag
+from memtrain_kernels.varying import vary_alike, vary_as
 
 
-@jax.custom_vjp
-def weighted_gather(table: Array, slots: Array, weights: Array) -> Array:
+# Columns of slots in one program step.
+_WRITTEN_OUT = 32
+
+
+def weighted_gather(table: Arrays, slots: Arrays, weights: Arrays) -> Array:
     """y[m] = sum_k weights[m, k] * table[slots[m, k]].
 
     Args:
-        table: [N, D]. slots: int32 [M, K] in 0..N-1. weights: [M, K].
+        table: [N, D]. slots: integers [M, K] in 0..N-1; a negative one is no row and adds nothing
+        (what a top-k lookup gives where too few keys were seen). weights: [M, K].
     Returns:
         [M, D] in the table's dtype, summed in float32. The [M, K, D] rows are never formed, neither
-        here nor in the gradients, which are a scatter-add for the table and dot products for the
-        weights.
+        here nor in the gradients: row sums for the table (deterministic on every device, no
+        atomics), dot products for the weights. For the table's gradient as the rows that were
+        touched, see `weighted_gather_row_gradients`.
+    Raises ValueError for shapes and dtypes that do not fit.
     """
-    return _forward(table, slots, weights)[0]
+    check_bag(slots, weights, table=table)
+    slots = jnp.asarray(slots, jnp.int32)
+    table, slots, weights = vary_alike(jnp.asarray(table), slots, jnp.asarray(weights))
+    return _weighted_gather(table, slots, weights)
+
+
+@jax.custom_vjp
+def _weighted_gather(table: Array, slots: Array, weights: Array) -> Array:
+    return bag(table, slots, weights).astype(table.dtype)
+
+
+def bag(table_ND: Array, slots_MK: Array, weights_MK: Array) -> Array:
+    """y [M, D] in float32."""
+    dtype = accumulation_dtype(table_ND)
+    weights_MK = jnp.where(slots_MK < 0, 0, weights_MK.astype(dtype))
+    slots_MK = jnp.maximum(slots_MK, 0)
+    (M, K), D = slots_MK.shape, table_ND.shape[1]
+
+    def add(y_MD: Array, columns: tuple[Array, Array]) -> tuple[Array, None]:
+        # Written out: XLA fuses the gathers into one pass over the output.
+        for slots_M, weights_M in zip(*columns, strict=True):
+            y_MD = y_MD + weights_M[:, None] * table_ND[slots_M].astype(dtype)
+        return y_MD, None
+
+    y_MD = vary_as(jnp.zeros((M, D), dtype), weights_MK)
+    whole = K // _WRITTEN_OUT * _WRITTEN_OUT
+    if whole:
+        slots, weights = (x.T[:whole].reshape(-1, _WRITTEN_OUT, M) for x in (slots_MK, weights_MK))
+        y_MD, _ = lax.scan(add, y_MD, (slots, weights))
+    return add(y_MD, (slots_MK.T[whole:], weights_MK.T[whole:]))[0]
 
 
 def _forward(table, slots, weights):
-    def add(k, y):
-        return y + weights[:, k, None].astype(jnp.float32) * table[slots[:, k]]
-
-    y = jnp.zeros((slots.shape[0], table.shape[1]), jnp.float32)
-    # Unrolled: XLA fuses the gathers of a bag into one pass over the output.
-    for k in range(slots.shape[1]):
-        y = add(k, y)
-    return y.astype(table.dtype), (table, slots, weights)
+    return _weighted_gather(table, slots, weights), (table, slots, weights)
 
 
 def _backward(saved, dy):
     table, slots, weights = saved
-    dy = dy.astype(jnp.float32)
-    d_table = jnp.zeros(table.shape, jnp.float32)
-    d_weights = []
-    for k in range(slots.shape[1]):
-        d_weights.append(jnp.sum(dy * table[slots[:, k]], axis=-1))
-        d_table = d_table.at[slots[:, k]].add(weights[:, k, None].astype(jnp.float32) * dy)
-    d_weights = jnp.stack(d_weights, axis=1).astype(weights.dtype)
-    return d_table.astype(table.dtype), None, d_weights
+    d_table = table_gradient(slots, weights, dy, table.shape[0])
+    d_weights = weights_gradient(table, slots, dy)
+    return d_table.astype(table.dtype), None, d_weights.astype(weights.dtype)
 
 
-weighted_gather.defvjp(_forward, _backward)
+_weighted_gather.defvjp(_forward, _backward)
