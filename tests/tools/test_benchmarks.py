@@ -51,3 +51,22 @@ def test_startup(tmp_path: Path) -> None:
     found = bench("startup", tmp_path / "c.json", "--rounds", "1")
     assert len(found["cold_seconds"]) == 1 and len(found["warm_seconds"]) == 2
     assert 0.2 < found["warm_median"] < 120 and found["help_seconds"] > 0
+
+
+def test_kernels(tmp_path: Path) -> None:
+    """Small shapes: every family runs, agrees with its oracle, and says what was left out."""
+    script, out = ROOT / "tools" / "benchmarks" / "kernels.py", tmp_path / "d.json"
+    command = [sys.executable, str(script), "--quick", "--rounds", "2", "--out", str(out)]
+    ended = subprocess.run(
+        command, env=os.environ | {"XLA_FLAGS": with_devices(1)}, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(out.read_text())["results"]
+    assert found["wrong"] == [] and set(found["ceilings"]) == {"float32", "bfloat16", "copy"}
+    families = {name.split()[0] for name in found["cases"]}
+    assert families == {"attention", "decode", "lookup"} and len(found["cases"]) == 15
+    for name, case in found["cases"].items():
+        ours = [c for c in case["candidates"] if c.startswith("memtrain")]
+        rivals = set(case["candidates"]) - set(ours)
+        assert ours and rivals, name
+        assert all(c["error"] < 1e-4 for c in case["candidates"].values()), name
