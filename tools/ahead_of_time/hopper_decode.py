@@ -156,7 +156,7 @@ def compile_case(case: Case, folder: Path) -> dict:
         **used,
         "blocks_per_multiprocessor": min(by_memory, by_registers),
         "blocks_counted_on": blocks_per_multiprocessor(
-            *(plan.D, plan.E, plan.S, plan.columns, plan.page_dtype),
+            *(plan.columns, plan.D, plan.E, plan.S, plan.page_dtype),
             (plan.k_scales, plan.v_scales),
         ),
         "temporaries_mib": round(memory.temp_size_in_bytes / 2**20, 1),

@@ -88,10 +88,9 @@ def test_splits_fill_the_device(rows: int, kv_heads: int, max_pages: int) -> Non
         ("none", "none"), AttentionSpec(),
     )  # fmt: skip
     splits = plans.fill_device(problem, max_pages)
-    columns = plans.columns_of(32 // kv_heads, 128, 128, 64, by_page=False)
-    slots = 132 * plans.blocks_per_multiprocessor(
-        128, 128, 64, columns, "bfloat16", ("none", "none")
-    )
+    pages: Any = (128, 128, 64, "bfloat16", ("none", "none"))
+    columns = plans.columns_of(32 // kv_heads, *pages)
+    slots = 132 * plans.blocks_per_multiprocessor(columns, *pages)
     blocks = rows * kv_heads * splits
     share = blocks / (slots * -(-blocks // slots))
     assert 1 <= splits <= max(max_pages // 4, 1)

@@ -70,8 +70,8 @@ class Plan:
     @property
     def columns(self) -> int:
         """N: queries that one thread block takes, padded."""
-        by_page = "page" in (self.k_scales, self.v_scales)
-        return columns_of(self.T * self.group, self.D, self.E, self.S, by_page)
+        pages = (self.D, self.E, self.S, self.page_dtype)
+        return columns_of(self.T * self.group, *pages, (self.k_scales, self.v_scales))
 
     @property
     def chunks(self) -> int:
@@ -110,7 +110,7 @@ class Plan:
     @property
     def wide_dims(self) -> int:
         """Dims of 8-bit keys or values that are in registers at once."""
-        return 128 if max(self.D, self.E) <= 128 else 64
+        return 128 if max(self.D, self.E) <= 128 and self.columns <= 32 else 64
 
     @property
     def pages_per_tile(self) -> int:
@@ -144,21 +144,26 @@ def make_plan(q_BTHD: jax.Array, pages: Pages, spec: AttentionSpec, splits: int 
 
 def fill_device(p: Problem, tiles: int) -> int:
     """Splits of rows of at most `tiles` tiles, so that no wave of thread blocks is ill filled."""
-    shape = (p.head_dim, p.value_dim, p.page_size)
-    columns = columns_of(p.T * p.H // p.K, *shape, "page" in p.scales)
+    pages = (p.head_dim, p.value_dim, p.page_size, p.page_dtype, p.scales)
+    columns = columns_of(p.T * p.H // p.K, *pages)
     blocks = p.B * p.K * -(-p.T * p.H // (p.K * columns))
-    slots = _MULTIPROCESSORS * blocks_per_multiprocessor(*shape, columns, p.page_dtype, p.scales)
+    slots = _MULTIPROCESSORS * blocks_per_multiprocessor(columns, *pages)
     most = min(max(tiles // _SPLIT_TILES, 1), _MAX_SPLITS)
     shares = [blocks * n / (slots * math.ceil(blocks * n / slots)) for n in range(1, most + 1)]
     return next(n for n, x in enumerate(shares, 1) if x >= _GOOD_SHARE * max(shares))
 
 
-def columns_of(queries: int, D: int, E: int, page_size: int, by_page: bool) -> int:
+def columns_of(
+    queries: int, D: int, E: int, page_size: int, page_dtype: str, scales: tuple[Scales, Scales]
+) -> int:
     """Columns of a thread block for the queries of a key head; what is left goes to another one,
-    which reads the same pages, from the cache. by_page: whether scales are. Wide values, and the
+    which reads the same pages, from the cache. Wide values, 8-bit numbers on their way, and the
     numbers and scales of a tile's pages, if there are several, must be in registers beside them."""
     most = 64 if max(D, E) <= 128 else 32
-    most //= (2 if page_size <= 8 else 1) * (2 if by_page and page_size < TILE else 1)
+    if is_quantized(page_dtype) and queries > most:
+        most = 32
+    by_page = "page" in scales and page_size < TILE
+    most //= (2 if page_size <= 8 else 1) * (2 if by_page else 1)
     return next((n for n in _COLUMNS if queries <= n <= most), most)
 
 
@@ -169,7 +174,7 @@ def stages_of(D: int, E: int, page_dtype: str) -> int:
 
 
 def blocks_per_multiprocessor(
-    D: int, E: int, page_size: int, columns: int, page_dtype: str, scales: tuple[Scales, Scales]
+    columns: int, D: int, E: int, page_size: int, page_dtype: str, scales: tuple[Scales, Scales]
 ) -> int:
     """Thread blocks that run on a multiprocessor at the same time: an estimate from below, which
     the ahead-of-time compilation checks."""
