@@ -41,12 +41,12 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """o [B, T, H, E] and lse [B, T, H], float32.
 
-    R = T * G query rows of a key head, G query heads each, padded to whole tiles. N splits.
+    N splits. R = T * G query rows of a key head, of T queries and G query heads.
     """
     B, T, H, D = q_BTHD.shape
     S, K, E = pages.v_PSKE.shape[1:]
     G, M = H // K, pages.tables_BM.shape[1]
-    R = CAPABILITIES.row_tile * -(-T * G // CAPABILITIES.row_tile)
+    R, row_tile = T * G, CAPABILITIES.row_tile
     dtype = _operand_dtype(q_BTHD.dtype, pages.k_PSKD.dtype)
     page_bytes = S * K * (D + E) * pages.k_PSKD.dtype.itemsize
     call = Call(
@@ -56,13 +56,13 @@ def attend(
         G=G,
         S=S,
         M=M,
-        C=_block_pages(spec, S, M, page_bytes, K * R),
+        C=_block_pages(spec, S, M, page_bytes, K * row_tile * -(-R // row_tile)),
         N=num_splits,
         heads_first=heads_lie_first(K, pages.k_PSKD.dtype.itemsize),
         interpret=interpret,
     )
-    q_BKRD = q_BTHD.reshape(B, T, K, G, D).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, D)
-    q_BKRD = jnp.pad(q_BKRD.astype(dtype), ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
+    q_BKRD = q_BTHD.reshape(B, T, K, G, D).transpose(0, 2, 1, 3, 4).reshape(B, K, R, D)
+    q_BKRD = q_BKRD.astype(dtype)
     k, v = pages.k_PSKD, pages.v_PSKE
     if call.heads_first:
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
@@ -78,7 +78,6 @@ def attend(
     o, lse = o_NBKRE[0], lse_NBKR[0]
     for n in range(1, num_splits):
         o, lse = merge((o, lse), (o_NBKRE[n], lse_NBKR[n]))
-    o, lse = o[:, :, : T * G], lse[:, :, : T * G]
     o_BTHE = o.reshape(B, K, T, G, E).transpose(0, 2, 1, 3, 4).reshape(B, T, H, E)
     return o_BTHE, lse.reshape(B, K, T, G).transpose(0, 2, 1, 3).reshape(B, T, H)
 
@@ -89,7 +88,7 @@ def _operand_dtype(q: jnp.dtype, pages: jnp.dtype) -> jnp.dtype:
 
 
 def _block_pages(spec: AttentionSpec, S: int, M: int, page_bytes: int, rows: int) -> int:
-    """Pages of a block. `rows`: query rows of all key heads."""
+    """Pages of a block. `rows`: query rows of all key heads, as on-chip memory pads them."""
     if spec.block_kv is not None:
         C = min(spec.block_kv // S, M)
         size = max(C * page_bytes, 4 * C * S * rows)
