@@ -19,6 +19,10 @@ UNITS = {"TFLOP/s": 1e12, "GFLOP/s": 1e9, "GB/s": 1e9}
 FLOP_RATE = "GFLOP/s" if jax.default_backend() == "cpu" else "TFLOP/s"
 
 
+# OpenMP's threads spin for 200 ms after a call, on the cores that the next candidate wants.
+_SETTLE_S = 0.25 if jax.default_backend() == "cpu" else 0.0
+
+
 @dataclass(frozen=True)
 class Case:
     """One shape of one kernel.
@@ -76,6 +80,8 @@ def measure(case: Case, *, rounds: int) -> Measured:
     found.seconds = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            time.sleep(_SETTLE_S)
+            call()
             begun = time.perf_counter()
             call()
             found.seconds[name].append(time.perf_counter() - begun)

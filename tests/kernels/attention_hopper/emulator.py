@@ -47,6 +47,14 @@ def _index(index: Any) -> Any:
     return index if index is Ellipsis or isinstance(index, slice) else int(index)
 
 
+def _view(data: np.ndarray, index: Any) -> np.ndarray:
+    """Garbage that was read too early may be an index, too: a fault of the kernel, not of ours."""
+    try:
+        return data[_index(index)]
+    except IndexError as error:
+        raise EmulationError(f"out of bounds: {error}") from error
+
+
 def _read(data: np.ndarray) -> jax.Array:
     # Copied here and now: jax may take its copy later, when the memory has changed.
     return jnp.asarray(np.array(data))
@@ -65,7 +73,7 @@ class Ref:
 
         class At:
             def __getitem__(self, index: Any) -> Ref:
-                view = outer.data[_index(index)]
+                view = _view(outer.data, index)
                 parts = index if isinstance(index, tuple) else (index,)
                 for part, length in zip(parts, outer.shape, strict=False):
                     if isinstance(part, pl.Slice) and int(part.start) + int(part.size) > length:
@@ -78,7 +86,7 @@ class Ref:
         return Ref(self.data.transpose(axes))
 
     def __getitem__(self, index: Any) -> jax.Array:
-        return _read(self.data[_index(index)])
+        return _read(_view(self.data, index))
 
     def __setitem__(self, index: Any, value: jax.Array) -> None:
         self.data[_index(index)] = np.asarray(value)
