@@ -80,6 +80,7 @@ def test_the_kernel_lowers_for_hopper(spec: AttentionSpec, options: dict[str, An
         ({"page_size": 96}, AttentionSpec(), "page_size 96"),
         ({"page_size": 4}, AttentionSpec(), "page_size 4"),
         ({}, AttentionSpec(mask_fn=lambda *x: x[0] == x[1]), "mask_fn"),
+        ({}, AttentionSpec(block_kv=64), "block_kv 64: it chooses its own"),
     ],
 )
 def test_what_it_does_not_claim_it_refuses(

@@ -27,6 +27,8 @@ class HopperCapabilities(Capabilities):
         refusal = super().refusal(problem)
         if refusal is not None:
             return refusal
+        if problem.spec.block_kv is not None:
+            return f"block_kv {problem.spec.block_kv}: it chooses its own"
         S = problem.page_size
         if S % TILE and TILE % S:
             return f"page_size {S}: it takes 8, 16, 32 and multiples of {TILE}"
@@ -56,8 +58,7 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """o [B, T, H, E] and lse [B, T, H], both float32. Raises ValueError for what it cannot serve.
 
-    num_splits: None fills the device. spec.block_kv is not used: a tile is what a matrix
-    instruction takes.
+    num_splits: None fills the device.
     """
     if (refusal := CAPABILITIES.refusal(Problem.of(q_BTHD, pages, spec))) is not None:
         raise ValueError(f"decode backend 'hopper' cannot serve this call: {refusal}")
