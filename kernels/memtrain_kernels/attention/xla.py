@@ -17,6 +17,7 @@ import numpy as np
 from memtrain_kernels.attention import direct, looped, tiles, unrolled
 from memtrain_kernels.attention.blocks import Plan, make_plan
 from memtrain_kernels.attention.capabilities import Capabilities
+from memtrain_kernels.attention.delta import delta_of
 from memtrain_kernels.attention.masks import fill_defaults
 from memtrain_kernels.attention.spec import AttentionSpec
 from memtrain_kernels.attention.tiles import Rows, Scaling, Tokens
@@ -38,18 +39,46 @@ def attend(
     spec: AttentionSpec,
 ) -> tuple[jax.Array, jax.Array]:
     """o [B, T, H, E] and lse [B, T, H] in the accumulation dtype; as reference.attend."""
-    T, S = q_BTHD.shape[1], k_BSKD.shape[1]
     given = (q_pos, kv_pos, q_seg, kv_seg)
-    plan = make_plan(
-        T,
-        S,
+    plan = _plan_of(q_BTHD, k_BSKD, given, spec)
+    arrays = vary_alike(q_BTHD, k_BSKD, v_BSKE, *fill_defaults(plan.T, plan.S, *given))
+    return _attend(*arrays[:3], Tokens(*arrays[3:]), plan)
+
+
+def gradients(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKE: jax.Array,
+    q_pos: jax.Array | None,
+    kv_pos: jax.Array | None,
+    q_seg: jax.Array | None,
+    kv_seg: jax.Array | None,
+    spec: AttentionSpec,
+    do_BTHE: jax.Array,
+    lse_BTH: jax.Array,
+    delta_BTH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What these keys add to dq, dk and dv, in the accumulation dtype, as in `attend`.
+
+    lse is the denominator over all keys, these and others; delta is rowsum(do * o) - dlse of the
+    same whole, 0 where lse is -inf.
+    """
+    given = (q_pos, kv_pos, q_seg, kv_seg)
+    plan = _plan_of(q_BTHD, k_BSKD, given, spec)
+    tokens = fill_defaults(plan.T, plan.S, *given)
+    arrays = vary_alike(q_BTHD, k_BSKD, v_BSKE, do_BTHE, lse_BTH, delta_BTH, *tokens)
+    return _gradients(*arrays[:3], Tokens(*arrays[6:]), *arrays[3:6], plan)
+
+
+def _plan_of(q_BTHD, k_BSKD, given, spec: AttentionSpec) -> Plan:
+    return make_plan(
+        q_BTHD.shape[1],
+        k_BSKD.shape[1],
         group=q_BTHD.shape[2] // k_BSKD.shape[2],
-        by_default=q_pos is None and kv_pos is None,
+        by_default=given[0] is None and given[1] is None,
         data=any(x is not None for x in given),
         spec=spec,
     )
-    arrays = vary_alike(q_BTHD, k_BSKD, v_BSKE, *fill_defaults(T, S, *given))
-    return _attend(*arrays[:3], Tokens(*arrays[3:]), plan)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -81,7 +110,9 @@ def _attend_forward(q_BTHD, k_BSKD, v_BSKE, tokens: Tokens, plan: Plan):
 
 def _attend_backward(plan: Plan, residuals, cotangents):
     *arrays, tokens, o, lse = residuals
-    dq, dk, dv = _gradients(*arrays, tokens, o, lse, *cotangents, plan)
+    do, dlse = cotangents
+    found = _gradients(*arrays, tokens, do, lse, delta_of(o, lse, do, dlse), plan)
+    dq, dk, dv = (x.astype(array.dtype) for x, array in zip(found, arrays, strict=True))
     no_gradient = tuple(np.zeros(x.shape, jax.dtypes.float0) for x in tokens)
     return dq, dk, dv, Tokens(*no_gradient)  # pyright: ignore[reportArgumentType]
 
@@ -89,16 +120,13 @@ def _attend_backward(plan: Plan, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(8,))
-def _gradients(q_BTHD, k_BSKD, v_BSKE, tokens: Tokens, o_BTHE, lse_BTH, do_BTHE, dlse_BTH, plan):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(7,))
+def _gradients(q_BTHD, k_BSKD, v_BSKE, tokens: Tokens, do_BTHE, lse_BTH, delta_BTH, plan):
     num_kv_heads = k_BSKD.shape[2]
     group = q_BTHD.shape[2] // num_kv_heads
     dtype = q_BTHD.dtype
     spec = plan.spec
     scaling = _scaling(spec, q_BTHD)
-    # A row that saw nothing has no gradient, whatever the cotangent of its lse of -inf.
-    seen_BTH = lse_BTH > -jnp.inf
-    delta_BTH = jnp.where(seen_BTH, jnp.sum(do_BTHE * o_BTHE, axis=-1) - dlse_BTH, 0)
     q_BKRD = tiles.fold(_scaled(q_BTHD, scaling), num_kv_heads)
     do_BKRE = tiles.fold(do_BTHE.astype(dtype), num_kv_heads)
     rows = Rows(
@@ -106,7 +134,7 @@ def _gradients(q_BTHD, k_BSKD, v_BSKE, tokens: Tokens, o_BTHE, lse_BTH, do_BTHE,
         q_BKRD.swapaxes(2, 3),
         do_BKRE,
         do_BKRE.swapaxes(2, 3),
-        tiles.fold(jnp.where(seen_BTH, lse_BTH, 0)[..., None], num_kv_heads),
+        tiles.fold(tiles.finite(lse_BTH)[..., None], num_kv_heads),
         tiles.fold(delta_BTH[..., None], num_kv_heads),
     )
     dq_BKRD, dk_BKDS, dv_BKES = _form(plan).backward(
@@ -119,7 +147,7 @@ def _gradients(q_BTHD, k_BSKD, v_BSKE, tokens: Tokens, o_BTHE, lse_BTH, do_BTHE,
     )
     dq = tiles.unfold(dq_BKRD * spec.scale_for(q_BTHD.shape[-1]), group)
     dk = dk_BKDS.transpose(0, 3, 1, 2) * scaling.on_scores
-    return dq.astype(dtype), dk.astype(dtype), dv_BKES.transpose(0, 3, 1, 2).astype(dtype)
+    return dq, dk, dv_BKES.transpose(0, 3, 1, 2)
 
 
 @_gradients.defjvp

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 
 from memtrain_kernels.attention.capabilities import Capabilities, Problem
-from memtrain_kernels.attention.hopper.attend import attend_by
+from memtrain_kernels.attention.hopper.attend import attend_by, gradients_by
 from memtrain_kernels.attention.spec import AttentionSpec
 
 
@@ -54,3 +54,22 @@ def attend(
     if refusal is not None:
         raise ValueError(f"attention backend 'hopper' cannot serve this call: {refusal}")
     return attend_by("kernels", q_BTHD, k_BSKD, v_BSKE, q_pos, kv_pos, q_seg, kv_seg, spec)
+
+
+def gradients(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKE: jax.Array,
+    q_pos: jax.Array | None,
+    kv_pos: jax.Array | None,
+    q_seg: jax.Array | None,
+    kv_seg: jax.Array | None,
+    spec: AttentionSpec,
+    do_BTHE: jax.Array,
+    lse_BTH: jax.Array,
+    delta_BTH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What these keys add to dq, dk and dv, in float32 after the kernels' rounding."""
+    tokens = (q_pos, kv_pos, q_seg, kv_seg)
+    rows = (do_BTHE, lse_BTH, delta_BTH)
+    return gradients_by("kernels", q_BTHD, k_BSKD, v_BSKE, *tokens, spec, *rows)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from memtrain_kernels.attention.delta import delta_of
 from memtrain_kernels.attention.hopper.plan import (
     DKV,
     DQ,
@@ -53,6 +54,36 @@ def attend_by(
     q, k, v, *tokens = _vary_alike(pad(q_BTHD), pad(k_BSKD), pad(v_BSKD), *tokens)
     o_BTHD, lse_BHT = _attend(q, k, v, Tokens(*tokens), plan, engine)
     return o_BTHD[:, :T].astype(jnp.float32), lse_BHT[:, :, :T].transpose(0, 2, 1)
+
+
+def gradients_by(
+    engine: Engine,
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    q_pos: jax.Array | None,
+    kv_pos: jax.Array | None,
+    q_seg: jax.Array | None,
+    kv_seg: jax.Array | None,
+    spec: AttentionSpec,
+    do_BTHD: jax.Array,
+    lse_BTH: jax.Array,
+    delta_BTH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What these keys add to dq, dk and dv; as xla.gradients. The kernels round each to the inputs'
+    dtype before it is returned as float32."""
+    _check(q_BTHD, k_BSKD, v_BSKD, spec, engine)
+    T, S = q_BTHD.shape[1], k_BSKD.shape[1]
+    tokens = make_tokens(T, S, q_pos, kv_pos, q_seg, kv_seg)
+    plan = make_plan(q_BTHD, k_BSKD, tokens.q_pos.shape[0], spec)
+    lse_BHT = pad(lse_BTH.transpose(0, 2, 1), fill=-jnp.inf, axis=2)
+    delta_BHT = pad(delta_BTH.transpose(0, 2, 1), axis=2)
+    rows = pad(do_BTHD.astype(q_BTHD.dtype)), lse_BHT, delta_BHT
+    arrays = _vary_alike(pad(q_BTHD), pad(k_BSKD), pad(v_BSKD), *rows, *tokens)
+    found = _gradients(*arrays[:3], Tokens(*arrays[6:]), *arrays[3:6], plan, engine)
+    return tuple(  # pyright: ignore[reportReturnType]
+        x[:, :length].astype(jnp.float32) for x, length in zip(found, (T, S, S), strict=True)
+    )
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, engine: Engine) -> None:
@@ -96,7 +127,10 @@ def _attend_forward(q_BTHD, k_BSKD, v_BSKD, tokens: Tokens, plan: Plan, engine: 
 
 def _attend_backward(plan: Plan, engine: Engine, residuals, cotangents):
     q, k, v, tokens, o, lse = residuals
-    dq, dk, dv = _gradients(q, k, v, tokens, o, lse, *cotangents, plan, engine)
+    do, dlse_BHT = cotangents
+    lse_BTH, dlse_BTH = (x.transpose(0, 2, 1) for x in (lse, dlse_BHT))
+    delta = delta_of(o, lse_BTH, do, dlse_BTH).transpose(0, 2, 1)
+    dq, dk, dv = _gradients(q, k, v, tokens, do, lse, delta, plan, engine)
     no_gradient = tuple(np.zeros(x.shape, jax.dtypes.float0) for x in tokens)
     return dq, dk, dv, Tokens(*no_gradient)  # pyright: ignore[reportArgumentType]
 
@@ -104,15 +138,11 @@ def _attend_backward(plan: Plan, engine: Engine, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(8, 9))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(7, 8))
 def _gradients(
-    q_BTHD, k_BSKD, v_BSKD, tokens: Tokens, o_BTHD, lse_BHT, do_BTHD, dlse_BHT, plan, engine
+    q_BTHD, k_BSKD, v_BSKD, tokens: Tokens, do_BTHD, lse_BHT, delta_BHT, plan: Plan, engine: Engine
 ):
-    seen_BHT = lse_BHT > -jnp.inf
-    product_BTH = jnp.sum(do_BTHD.astype(jnp.float32) * o_BTHD.astype(jnp.float32), axis=-1)
-    # A row that saw nothing has no gradient, whatever the cotangent of its lse of -inf.
-    delta_BHT = jnp.where(seen_BHT, product_BTH.transpose(0, 2, 1) - dlse_BHT, 0)
-    lse2_BHT = jnp.where(seen_BHT, lse_BHT * LOG2E, jnp.inf)
+    lse2_BHT = jnp.where(lse_BHT > -jnp.inf, lse_BHT * LOG2E, jnp.inf)
     arrays = (q_BTHD, k_BSKD, v_BSKD, do_BTHD, lse2_BHT, delta_BHT)
     module = _engine(engine)
     dq = module.dq(plan, DQ[plan.D], *arrays, tables_of_queries(plan, DQ[plan.D], tokens))

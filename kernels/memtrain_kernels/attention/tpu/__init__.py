@@ -66,3 +66,26 @@ def attend(
     return operation.attend(
         q_BTHD, k_BSKD, v_BSKE, q_pos, kv_pos, q_seg, kv_seg, spec, interpret=interpret
     )
+
+
+def gradients(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKE: jax.Array,
+    q_pos: jax.Array | None,
+    kv_pos: jax.Array | None,
+    q_seg: jax.Array | None,
+    kv_seg: jax.Array | None,
+    spec: AttentionSpec,
+    do_BTHE: jax.Array,
+    lse_BTH: jax.Array,
+    delta_BTH: jax.Array,
+    *,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What these keys add to dq, dk and dv, in float32; as xla.gradients."""
+    from memtrain_kernels.attention.tpu import operation
+
+    tokens = (q_pos, kv_pos, q_seg, kv_seg)
+    rows = (do_BTHE, lse_BTH, delta_BTH)
+    return operation.gradients(q_BTHD, k_BSKD, v_BSKE, *tokens, spec, *rows, interpret=interpret)

@@ -45,10 +45,11 @@ def query_gradient(
     steps: jax.Array,
     spec: AttentionSpec,
     *,
+    dtype: Any,
     interpret: Any,
     cost: pl.CostEstimate,
 ) -> jax.Array:
-    """dQ [R, H, t, D] in q's dtype; the other arguments as in `forward`."""
+    """dQ [R, H, t, D] in `dtype`; the other arguments as in `forward`."""
     R, H, t, D = queries.q.shape
     _, K, s, E = v_RKsE.shape
     group = H // K
@@ -86,7 +87,7 @@ def query_gradient(
                 pltpu.VMEM((t, D), jnp.float32),
             ],
         ),
-        out_shape=tile.result(queries.q.shape, queries.q.dtype, queries.q),
+        out_shape=tile.result(queries.q.shape, dtype, queries.q),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=tile.vmem_bytes(t, s, _row_bytes(D, E, queries.q), tiles=6),
@@ -168,10 +169,11 @@ def key_gradients(
     steps: jax.Array,
     spec: AttentionSpec,
     *,
+    dtype: Any,
     interpret: Any,
     cost: pl.CostEstimate,
 ) -> tuple[jax.Array, jax.Array]:
-    """dK [R, K, s, D] and dV [R, K, s, E] in k's dtype, for R rows of s keys.
+    """dK [R, K, s, D] and dV [R, K, s, E] in `dtype`, for R rows of s keys.
 
     kv_tokens [R, 2, s], kv_summary [R, 1, 5] and the table are of these rows; q is the other side.
     """
@@ -213,8 +215,8 @@ def key_gradients(
             ],
         ),
         out_shape=[
-            tile.result(k_RKsD.shape, k_RKsD.dtype, k_RKsD),
-            tile.result(v_RKsE.shape, v_RKsE.dtype, v_RKsE),
+            tile.result(k_RKsD.shape, dtype, k_RKsD),
+            tile.result(v_RKsE.shape, dtype, v_RKsE),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),

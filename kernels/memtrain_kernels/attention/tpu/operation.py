@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from memtrain_kernels.attention.delta import delta_of
 from memtrain_kernels.attention.masks import fill_defaults
 from memtrain_kernels.attention.spec import AttentionSpec
 from memtrain_kernels.attention.tpu import backward, forward, tables, tile
@@ -27,13 +28,15 @@ class Tokens(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one call is compiled for. by_default: positions are 0, 1, 2, ... on both sides."""
+    """What one call is compiled for. by_default: positions are 0, 1, 2, ... on both sides. wide:
+    gradients are float32 and not rounded to the inputs' dtype."""
 
     spec: AttentionSpec
     forward: Blocks
     backward: Blocks
     by_default: bool
     interpret: Any
+    wide: bool = False
 
 
 def attend(
@@ -49,19 +52,50 @@ def attend(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """o [B, T, H, E] and lse [B, T, H] in float32; as tpu.attend, which checks the arguments."""
-    _, T, _, D = q_BTHD.shape
-    S = k_BSKD.shape[1]
-    by_default = q_pos is None and kv_pos is None
-    plan = Plan(spec, *blocks_for(spec, D, T, S, chip()), by_default, interpret)
-    arrays = (q_BTHD, k_BSKD, v_BSKE, *fill_defaults(T, S, q_pos, kv_pos, q_seg, kv_seg))
-    q, k, v, *tokens = vary_alike(*arrays)
+    plan = _plan_of(q_BTHD, k_BSKD, q_pos is None and kv_pos is None, spec, interpret)
+    tokens = fill_defaults(q_BTHD.shape[1], k_BSKD.shape[1], q_pos, kv_pos, q_seg, kv_seg)
+    q, k, v, *tokens = vary_alike(q_BTHD, k_BSKD, v_BSKE, *tokens)
     return _compiled(q, k, v, Tokens(*tokens), plan)
+
+
+def gradients(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKE: jax.Array,
+    q_pos: jax.Array | None,
+    kv_pos: jax.Array | None,
+    q_seg: jax.Array | None,
+    kv_seg: jax.Array | None,
+    spec: AttentionSpec,
+    do_BTHE: jax.Array,
+    lse_BTH: jax.Array,
+    delta_BTH: jax.Array,
+    *,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What these keys add to dq, dk and dv, in float32; as xla.gradients."""
+    plan = _plan_of(q_BTHD, k_BSKD, q_pos is None and kv_pos is None, spec, interpret)
+    plan = plan._replace(wide=True)
+    tokens = fill_defaults(q_BTHD.shape[1], k_BSKD.shape[1], q_pos, kv_pos, q_seg, kv_seg)
+    arrays = vary_alike(q_BTHD, k_BSKD, v_BSKE, do_BTHE, lse_BTH, delta_BTH, *tokens)
+    return _compiled_gradients(*arrays[:3], Tokens(*arrays[6:]), *arrays[3:6], plan)
+
+
+def _plan_of(q_BTHD, k_BSKD, by_default: bool, spec: AttentionSpec, interpret: Any) -> Plan:
+    _, T, _, D = q_BTHD.shape
+    blocks = blocks_for(spec, D, T, k_BSKD.shape[1], chip())
+    return Plan(spec, *blocks, by_default, interpret)
 
 
 # One program even where the caller compiles nothing: a grid's bound is computed on the device.
 @functools.partial(jax.jit, static_argnums=(4,))
 def _compiled(q, k, v, tokens: Tokens, plan: Plan):
     return _attend(q, k, v, tokens, plan)
+
+
+@functools.partial(jax.jit, static_argnums=(7,))
+def _compiled_gradients(q, k, v, tokens: Tokens, do, lse, delta, plan: Plan):
+    return _gradients(q, k, v, tokens, do, lse, delta, plan)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -109,7 +143,8 @@ def _results(q_BTHD, k_BSKD, v_BSKE, tokens: Tokens, plan: Plan):
 
 def _attend_backward(plan: Plan, residuals, cotangents):
     *arrays, tokens, o, lse = residuals
-    dq, dk, dv = _gradients(*arrays, tokens, o, lse, *cotangents, plan)
+    do, dlse = cotangents
+    dq, dk, dv = _gradients(*arrays, tokens, do, lse, delta_of(o, lse, do, dlse), plan)
     no_gradient = tuple(np.zeros(x.shape, jax.dtypes.float0) for x in tokens)
     return dq, dk, dv, Tokens(*no_gradient)  # pyright: ignore[reportArgumentType]
 
@@ -117,17 +152,13 @@ def _attend_backward(plan: Plan, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(8,))
-def _gradients(
-    q_BTHD, k_BSKD, v_BSKE, tokens: Tokens, o_BTHE, lse_BTH, do_BTHE, dlse_BTH, plan: Plan
-):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(7,))
+def _gradients(q_BTHD, k_BSKD, v_BSKE, tokens: Tokens, do_BTHE, lse_BTH, delta_BTH, plan: Plan):
     B, T = q_BTHD.shape[:2]
     S = k_BSKD.shape[1]
     spec, blocks = plan.spec, plan.backward
-    # A row that saw nothing has no gradient, whatever the cotangent of its lse of -inf.
-    seen_BTH = lse_BTH > -jnp.inf
-    delta_BTH = jnp.where(seen_BTH, jnp.sum(do_BTHE * o_BTHE, axis=-1) - dlse_BTH, 0)
-    lse_BTH = jnp.where(seen_BTH, lse_BTH, 0) * tile.LOG2_E
+    dtype = jnp.float32 if plan.wide else q_BTHD.dtype
+    lse_BTH = jnp.where(lse_BTH > -jnp.inf, lse_BTH, 0) * tile.LOG2_E
     q = tables.make_side(tokens.q_pos, tokens.q_seg, B, blocks.q)
     kv = tables.make_side(tokens.kv_pos, tokens.kv_seg, B, blocks.kv)
     k_RKsD, v_RKsE = (tables.to_rows(x, blocks.kv) for x in (k_BSKD, v_BSKE))
@@ -149,6 +180,7 @@ def _gradients(
             table,
             steps,
             spec,
+            dtype=dtype,
             interpret=plan.interpret,
             cost=_cost(plan, q_BTHD, v_BSKE, products=(2, 1)),
         )
@@ -170,6 +202,7 @@ def _gradients(
             table,
             steps,
             spec,
+            dtype=dtype,
             interpret=plan.interpret,
             cost=_cost(plan, q_BTHD, v_BSKE, products=(2, 2)),
         )
