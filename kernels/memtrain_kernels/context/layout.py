@@ -1,0 +1,161 @@
+"""Which tokens of a sequence each device holds.
+
+Natural order is the order of the text; device order is what an array sharded along T holds: the
+tokens of device 0, then those of device 1. Each device holds as many, in increasing order.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+Kind = Literal["contiguous", "zigzag", "striped"]
+KINDS: tuple[Kind, ...] = ("contiguous", "zigzag", "striped")
+Tokens = TypeVar("Tokens", jax.Array, np.ndarray)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A sequence over `devices` devices.
+
+    "contiguous": device i holds the i-th of n stretches. "zigzag": stretches i and 2n-1-i of 2n, so
+    that causal attention costs every device as much (Zhu, ring-flash-attention 2024). "striped":
+    tokens i, i+n, i+2n, ... (Brandon et al. 2023, arXiv 2311.09431); with stripe=s, runs of s.
+    """
+
+    kind: Kind = "contiguous"
+    devices: int = 1
+    stripe: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"layout {self.kind!r}: there are {', '.join(KINDS)}")
+        if self.devices < 1 or self.stripe < 1:
+            raise ValueError(f"layout of {self.devices} devices, stripe {self.stripe}: give >= 1")
+
+    @property
+    def pieces(self) -> int:
+        """Stretches of the sequence on one device; a striped device counts as one."""
+        return 2 if self.kind == "zigzag" else 1
+
+    @property
+    def multiple(self) -> int:
+        """What the sequence's length must be a multiple of."""
+        return self.devices * (self.stripe if self.kind == "striped" else self.pieces)
+
+    @property
+    def is_natural(self) -> bool:
+        """Whether device order is natural order."""
+        return self.devices == 1 or self.kind == "contiguous"
+
+    def check(self, length: int, what: str = "sequence") -> None:
+        """Raises ValueError for a length that cannot be split, naming the nearest that can."""
+        if length % self.multiple:
+            below = length // self.multiple * self.multiple
+            near = f"{below} or {below + self.multiple}" if below else f"{self.multiple}"
+            raise ValueError(
+                f"{what} of {length} tokens: the {self.kind} layout over {self.devices} devices "
+                f"takes multiples of {self.multiple}; nearest {near}"
+            )
+
+    def arrange(self, x: Tokens, axis: int = 1) -> Tokens:
+        """From natural to device order along `axis`."""
+        if self.is_natural:
+            return x
+        axis %= x.ndim
+        self.check(x.shape[axis])
+        return self._reordered(x, axis, inverse=False)
+
+    def restore(self, x: Tokens, axis: int = 1) -> Tokens:
+        """From device to natural order along `axis`."""
+        if self.is_natural:
+            return x
+        axis %= x.ndim
+        self.check(x.shape[axis])
+        return self._reordered(x, axis, inverse=True)
+
+    def _reordered(self, x: Any, axis: int, inverse: bool) -> Any:
+        n, shape = self.devices, x.shape
+        before, after = shape[:axis], shape[axis + 1 :]
+        if self.kind == "zigzag":
+            order = np.stack([np.arange(n), 2 * n - 1 - np.arange(n)], axis=1).reshape(-1)
+            if inverse:
+                order = np.argsort(order)
+            parts = x.reshape(*before, 2 * n, -1, *after)
+            return parts.take(order, axis=axis).reshape(shape)
+        split = (n, -1) if inverse else (-1, n)
+        parts = x.reshape(*before, *split, self.stripe, *after)
+        return parts.swapaxes(axis, axis + 1).reshape(shape)
+
+    def indices(self, rank: Any, local: int) -> Any:
+        """Natural index of each of a device's `local` tokens, int32 [local]; rank may be traced."""
+        xp = np if isinstance(rank, int | np.integer) else jnp
+        t = xp.arange(local, dtype=np.int32)
+        if self.kind == "contiguous":
+            return rank * local + t
+        if self.kind == "striped":
+            return (t // self.stripe * self.devices + rank) * self.stripe + t % self.stripe
+        half = local // 2
+        late = (2 * self.devices - 1 - rank) * half + t - half
+        return xp.where(t < half, rank * half + t, late)
+
+    def runs(self, rank: int, local: int) -> tuple[range, ...]:
+        """A device's pieces as ranges of natural indices; a striped device's has gaps."""
+        if self.kind == "contiguous":
+            return (range(rank * local, (rank + 1) * local),)
+        if self.kind == "zigzag":
+            half, late = local // 2, 2 * self.devices - 1 - rank
+            return (
+                range(rank * half, (rank + 1) * half),
+                range(late * half, (late + 1) * half),
+            )
+        last = int(self.indices(rank, local)[-1])
+        return (range(rank * self.stripe, last + 1),)
+
+    def grouped(self, size: int) -> Layout:
+        """The layout over groups of `size` neighbouring devices, each taken as one device."""
+        if self.devices % size:
+            raise ValueError(f"{self.devices} devices are no groups of {size}")
+        if size == self.devices:
+            return Layout()
+        stripe = self.stripe * size if self.kind == "striped" else 1
+        return Layout(self.kind, self.devices // size, stripe)
+
+    def join(self, x: jax.Array, size: int, axis: int = 1) -> jax.Array:
+        """The tokens of `size` neighbours, one after the other, put in increasing order."""
+        return x if size == 1 else _permuted(x, _join_order(self, size, x.shape[axis]), axis)
+
+    def part(self, x: jax.Array, size: int, axis: int = 1) -> jax.Array:
+        """The inverse of `join`."""
+        if size == 1:
+            return x
+        return _permuted(x, np.argsort(_join_order(self, size, x.shape[axis])), axis)
+
+
+@functools.cache
+def _join_order(layout: Layout, size: int, total: int) -> np.ndarray:
+    """The same for every group: devices keep their order within each stretch."""
+    local = total // size
+    natural = np.concatenate([layout.indices(rank, local) for rank in range(size)])
+    return np.argsort(natural)
+
+
+def _permuted(x: jax.Array, order: np.ndarray, axis: int) -> jax.Array:
+    """x in another order along `axis`: slices, where the order is a few runs; else a gather."""
+    starts = np.flatnonzero(np.diff(order, prepend=order[0] - 2) != 1)
+    if len(starts) == 1:
+        return x
+    if len(starts) > 64:
+        return jnp.take(x, order, axis=axis)
+    ends = np.append(starts[1:], len(order))
+    pieces = [
+        jax.lax.slice_in_dim(x, int(order[a]), int(order[a]) + int(b - a), axis=axis)
+        for a, b in zip(starts, ends, strict=True)
+    ]
+    return jnp.concatenate(pieces, axis=axis)
