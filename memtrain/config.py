@@ -7,7 +7,6 @@ JSON into the run and into every checkpoint. Imports no JAX.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -72,7 +71,7 @@ class Experiment:
         # The types were not checked yet where a recipe calls this: `validated` comes afterwards.
         if not isinstance(self.name, str) or self.name in ("", ".", "..") or "/" in self.name:
             raise BadInput(f"name={self.name!r} must be usable as the name of a folder")
-        mesh, train = dataclasses.asdict(self.mesh), self.train
+        mesh, train = self.mesh.sizes, self.train
         for axis, size in mesh.items():
             if not isinstance(size, int) or size < 1:
                 raise BadInput(f"mesh.{axis}={size!r} must be a whole number of at least 1")
@@ -99,7 +98,7 @@ class Experiment:
     @property
     def num_devices(self) -> int:
         """Devices in the mesh, over all processes."""
-        return math.prod(dataclasses.asdict(self.mesh).values())
+        return self.mesh.num_devices
 
 
 def validated(experiment: Experiment, *, source: str = "") -> Experiment:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from flax import nnx
 
+    from memtrain.parallel.config import MeshConfig
+
 
 DtypeName = Literal["float32", "bfloat16"]
 
@@ -80,3 +82,11 @@ class LayerDescription:
     def tables(self) -> dict[str, TableSpec]:
         """Names and shapes of the shared tables that the layer reads."""
         return {}
+
+    @property
+    def sees_whole_document(self) -> bool:
+        """Whether a token's cost grows with its position, as full attention's does."""
+        return False
+
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        """Raises ValueError where the layer cannot be split as the mesh asks."""

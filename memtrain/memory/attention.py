@@ -18,10 +18,20 @@ from jaxtyping import Array, Float
 
 from memtrain.description import BuildContext, LayerDescription, above_zero, at_least
 from memtrain.memory.primitives import Linear, RMSNorm
-from memtrain.memory.protocol import Aux, Context, LeafSpec, Memory, State, token_documents
+from memtrain.memory.protocol import (
+    Aux,
+    Context,
+    LeafSpec,
+    Memory,
+    State,
+    running_count,
+    token_documents,
+)
 from memtrain.memory.rope import apply_rope
 from memtrain.memory.short_conv import ShortConv, ShortConvConfig
+from memtrain.parallel.config import MeshConfig
 from memtrain_kernels import BACKENDS, AttentionSpec, attention
+from memtrain_kernels.context import ulysses_degree
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,18 @@ class AttentionConfig(LayerDescription):
 
     def build(self, context: BuildContext, *, rngs: nnx.Rngs) -> Attention:
         return Attention(self, context, rngs=rngs)
+
+    @property
+    def sees_whole_document(self) -> bool:
+        return self.window is None
+
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        if mesh.context == 1 or mesh.context_strategy not in ("ulysses", "usp"):
+            return
+        heads, kv_heads = self.num_heads, self.num_kv_heads or self.num_heads
+        if kv_heads % mesh.tensor == 0:
+            heads, kv_heads = heads // mesh.tensor, kv_heads // mesh.tensor
+        ulysses_degree(mesh.context_strategy, mesh.context, heads, kv_heads, mesh.context_ulysses)
 
 
 class Attention(Memory):
@@ -188,28 +210,34 @@ class Attention(Memory):
             new_state = None
         else:
             documents, current = token_documents(state["current_document"], ctx)
+            y = None
             if self.config.window is None:
                 new_state = self._append(state, k, v, documents, ctx)
                 seen = new_state
             else:
-                seen = self._seen_by_chunk(state, k, v, documents, ctx)
                 new_state = self._write_ring(state, k, v, documents, current, ctx)
+                if ctx.layout.devices > 1:
+                    y = self._attend_after(state, q, k, v, documents, ctx)
+                seen = self._seen_by_chunk(state, k, v, documents, ctx)
             new_state["current_document"] = current
             if tail is not None:
                 new_state["key_conv"] = tail
-            y = self._attend(
-                q,
-                seen["key"].astype(q.dtype),
-                seen["value"].astype(q.dtype),
-                ctx.positions,
-                documents,
-                seen["document"],
-                seen["position"],
-                self.spec,
-            )
+            if y is None:
+                y = self._attend(
+                    q,
+                    seen["key"].astype(q.dtype),
+                    seen["value"].astype(q.dtype),
+                    ctx.positions,
+                    documents,
+                    seen["document"],
+                    seen["position"],
+                    self.spec,
+                )
         return self.output(y.reshape(B, T, -1)), new_state, Aux()
 
-    def _attend(self, q, k, v, q_positions, q_documents, kv_documents, kv_positions, spec):
+    def _attend(
+        self, q, k, v, q_positions, q_documents, kv_documents, kv_positions, spec, **options
+    ):
         return attention(
             q,
             k,
@@ -220,14 +248,41 @@ class Attention(Memory):
             q_segments=q_documents,
             kv_segments=kv_documents,
             backend=self.config.backend,
+            **options,
+        )
+
+    def _attend_after(self, state: State, q, k, v, documents, ctx: Context) -> Array:
+        """A chunk whose tokens are sharded: the carried keys first, as a prior, then the chunk.
+
+        The chunk by itself is in order, so that its ring sends what its window needs and no more.
+        """
+        prior = None
+        for prefix in ("sink_", "") if self.config.sink_tokens else ("",):
+            prior = self._attend(
+                q,
+                state[prefix + "key"].astype(q.dtype),
+                state[prefix + "value"].astype(q.dtype),
+                ctx.positions,
+                documents,
+                state[prefix + "document"],
+                state[prefix + "position"],
+                self.spec,
+                prior=prior,
+                return_lse=True,
+            )
+        spec = dataclasses.replace(self.spec, ordered=True)
+        dtype = state["key"].dtype
+        k, v = (x.astype(dtype).astype(q.dtype) for x in (k, v))
+        return self._attend(
+            q, k, v, ctx.positions, documents, documents, ctx.positions, spec, prior=prior
         )
 
     def _append(self, state: State, k, v, documents, ctx: Context) -> State:
         """The full cache: tokens take the next free slots; past the end they set `overflow`."""
         slots = state["key"].shape[1]
-        rank = jnp.cumsum(ctx.valid, axis=1, dtype=jnp.int32) - 1
+        rank = running_count(ctx.valid, ctx) - 1
         slot = jnp.where(ctx.valid, state["length"][:, None] + rank, slots)
-        length = state["length"] + rank[:, -1] + 1
+        length = state["length"] + jnp.max(rank, axis=1) + 1
         # Written once, and only then read: XLA would fuse a single token's write into each reader,
         # which then holds a copy of the cache.
         written = jax.lax.optimization_barrier(
@@ -253,8 +308,8 @@ class Attention(Memory):
         ring, sinks = state["key"].shape[1], self.config.sink_tokens
         is_sink = ctx.valid & (ctx.positions < sinks)
         in_ring = ctx.valid & ~is_sink
-        rank = jnp.cumsum(in_ring, axis=1, dtype=jnp.int32) - 1
-        count = rank[:, -1:] + 1
+        rank = running_count(in_ring, ctx) - 1
+        count = jnp.max(rank, axis=1, keepdims=True) + 1
         arrival = state["length"][:, None] + rank
         # A ring shorter than the window exists only where the capacity is: then nothing may wrap.
         short = ring < (self.config.window or 0)

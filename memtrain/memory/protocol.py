@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memtrain.description import TableSpec
 from memtrain.errors import BadInput
+from memtrain_kernels import Layout
 
 
 # Tree mode: modules are plain pytrees, so jax's own transforms apply and nothing is shared or
@@ -93,6 +94,10 @@ class Context:
     valid: real tokens, one contiguous run in each row; the others change nothing.
     token_ids: for memories that hash ids; may be None.
     tables: the shared tables of the model, by name.
+    begun: how many documents have begun in this call up to each token, itself included, in natural
+      order; counted from `starts` where it is None, which a model does once for all its layers.
+    layout: the order of the tokens in the arrays, where they are sharded over devices: memories
+      that look at neighbours, or count along the row, ask it (`running_count`).
     """
 
     positions: Int[Array, "B T"]
@@ -100,6 +105,8 @@ class Context:
     valid: Bool[Array, "B T"]
     token_ids: Int[Array, "B T"] | None = None
     tables: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    begun: Int[Array, "B T"] | None = None
+    layout: Layout = dataclasses.field(default=Layout(), metadata={"static": True})
     want_metrics: bool = dataclasses.field(default=False, metadata={"static": True})
     """Ask for `Aux.metrics`."""
     want_reads: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -118,9 +125,11 @@ class Context:
 
     def window(self, begin: int, end: int) -> Context:
         """The context of tokens `begin` to `end`: what the call on that piece is given."""
+        assert self.layout.is_natural, "rows that are split over devices are not cut again"
         cut = lambda a: None if a is None else a[:, begin:end]  # noqa: E731
         return dataclasses.replace(
             self,
+            begun=None,
             positions=cut(self.positions),
             starts=cut(self.starts),
             valid=cut(self.valid),
@@ -205,9 +214,20 @@ def token_documents(
     Packed ids restart in every row, so documents are told apart by a counter that the state
     carries.
     """
-    begun = jnp.cumsum(ctx.starts & ctx.valid, axis=1, dtype=jnp.int32)
+    begun = documents_begun(ctx)
     documents = current[:, None] + begun
-    return jnp.where(ctx.valid, documents, -1), current + begun[:, -1]
+    return jnp.where(ctx.valid, documents, -1), current + jnp.max(begun, axis=1)
+
+
+def documents_begun(ctx: Context) -> Int[Array, "B T"]:
+    """`ctx.begun`, counted where nobody has."""
+    return running_count(ctx.starts & ctx.valid, ctx) if ctx.begun is None else ctx.begun
+
+
+def running_count(flags: Bool[Array, "B T"], ctx: Context) -> Int[Array, "B T"]:
+    """How many of the flags hold up to each token, itself included, in natural order."""
+    count = jnp.cumsum(ctx.layout.restore(flags), axis=1, dtype=jnp.int32)
+    return ctx.layout.arrange(count)
 
 
 def raise_on_overflow(state: Any) -> None:

@@ -9,6 +9,7 @@ smeared keys; Allen-Zhu 2025, arXiv 2512.17351, on such layers anywhere in the r
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -18,6 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from memtrain.description import BuildContext, LayerDescription, at_least
 from memtrain.memory.protocol import Aux, Context, LeafSpec, Memory, State, token_documents
+from memtrain.parallel.halo import halos, has_halos
+from memtrain_kernels import Layout
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,18 @@ class ShortConv(Memory):
         before = self.size - 1
         first = jnp.zeros((B,), jnp.int32) if state is None else state["current_document"]
         documents, current = token_documents(first, ctx)
+        layout = ctx.layout
+        if state is None and has_halos(layout, T, before):
+            return self._over_pieces(x, documents, layout), None, Aux()
+        if not layout.is_natural:
+            # Neighbours stand far apart: in natural order, then, and back.
+            natural = dataclasses.replace(
+                ctx,
+                **{n: layout.restore(getattr(ctx, n)) for n in ("positions", "starts", "valid")},
+            )
+            natural = dataclasses.replace(natural, layout=Layout(), begun=None, token_ids=None)
+            y, state, aux = self(layout.restore(x), state, natural)
+            return layout.arrange(y), state, aux
         inputs = jnp.pad(x, ((0, 0), (before, 0), (0, 0)))
         owners = jnp.pad(documents, ((0, 0), (before, 0)), constant_values=-1)
         new_state = None
@@ -93,13 +108,29 @@ class ShortConv(Memory):
                 "document": _take(owners, end, before),
                 "current_document": current,
             }
+        return self._mix(x, inputs, owners, documents), new_state, Aux()
+
+    def _mix(self, x, inputs, owners, documents) -> Array:
+        """Taps over `inputs`, which are x with `size - 1` tokens before it."""
+        before, T = self.size - 1, x.shape[1]
         taps = self.taps[...].astype(x.dtype)
         y = x * taps[0]
         for i in range(1, self.size):
             at = slice(before - i, before - i + T)
             same = (owners[:, at] == documents)[..., None]
             y = y + jnp.where(same, inputs[:, at] * taps[i], jnp.zeros((), x.dtype))
-        return y, new_state, Aux()
+        return y
+
+    def _over_pieces(self, x, documents, layout: Layout) -> Array:
+        """Rows that are split over devices: each stretch with the end of the one before it."""
+        size = self.size - 1
+        halo_x, halo_owner = halos(x, layout, size), halos(documents + 1, layout, size) - 1
+        rows = lambda a: a.reshape(halo_x.shape[0] * halo_x.shape[1], -1, *a.shape[2:])  # noqa: E731
+        halo_x, halo_owner = (a.reshape(-1, size, *a.shape[3:]) for a in (halo_x, halo_owner))
+        pieces, owners = rows(x), rows(documents)
+        inputs = jnp.concatenate([halo_x, pieces], axis=1)
+        y = self._mix(pieces, inputs, jnp.concatenate([halo_owner, owners], axis=1), owners)
+        return y.reshape(x.shape)
 
     def live_state(self, state: State) -> State:
         """Inputs of earlier documents are set to zero: no later token mixes them."""

@@ -11,6 +11,7 @@ from memtrain.description import BuildContext, LayerDescription
 from memtrain.memory.primitives import RMSNorm
 from memtrain.memory.protocol import Aux, Context, Memory
 from memtrain.model.config import Block as BlockConfig
+from memtrain.parallel.sharding import constrain_tokens
 
 
 PLACES = ("mixer", "ffn")
@@ -35,8 +36,8 @@ class Place(nnx.Module):
             return x, state, Aux()
         if isinstance(self.layer, Memory):
             y, state, aux = self.layer(self.norm(x), state, ctx)
-            return x + y, state, aux
-        return x + self.layer(self.norm(x)), state, Aux()
+            return constrain_tokens(x + y), state, aux
+        return constrain_tokens(x + self.layer(self.norm(x))), state, Aux()
 
 
 class Block(nnx.Module):

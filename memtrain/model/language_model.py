@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int
 from memtrain.description import BuildContext, LayerDescription, TableSpec
 from memtrain.errors import BadInput
 from memtrain.memory.primitives import Linear, RMSNorm
-from memtrain.memory.protocol import Aux, Context, MemoryTable
+from memtrain.memory.protocol import Aux, Context, MemoryTable, documents_begun
 from memtrain.model.block import Block
 from memtrain.model.config import Block as BlockConfig
 from memtrain.model.config import ModelConfig
+from memtrain.model.embedding import embed
 from memtrain.model.feed_forward import SwiGLUConfig
 from memtrain.model.repeats import run_scanned, run_unrolled, unstack
 
@@ -140,8 +141,9 @@ class LanguageModel(nnx.Module):
             token_ids=tokens,
             tables={name: table[...] for name, table in self.tables.items()},
         )
+        ctx = dataclasses.replace(ctx, begun=documents_begun(ctx))
         dtype = jnp.dtype(self.config.dtypes.compute)
-        x = (self.embedding[...][tokens] * self.config.dim**0.5).astype(dtype)
+        x = (embed(self.embedding[...], tokens) * self.config.dim**0.5).astype(dtype)
         if layers is not None or without or self._unrolls(tokens.shape[1]):
             layers = layers if layers is not None else self.layers()
             x, state, aux = run_unrolled(layers, x, state, ctx, without, self.config.remat)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from memtrain.errors import BadInput
-from memtrain.parallel.config import MeshConfig
+from memtrain.parallel.config import AXES, MeshConfig
 
 
-AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
@@ -47,20 +45,13 @@ def initialize_distributed() -> None:
 def mesh_of(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh `data x fsdp x context x tensor` over the first devices of the job.
 
-    Raises BadInput where there are too few devices, or an axis is asked for that nothing serves
-    yet.
+    Raises BadInput where there are too few devices.
     """
-    for axis in ("context", "tensor"):
-        if getattr(config, axis) != 1:
-            raise BadInput(
-                f"mesh.{axis}={getattr(config, axis)}: only mesh.{axis}=1 is served in this "
-                "version; use mesh.data and mesh.fsdp"
-            )
-    shape = tuple(getattr(config, axis) for axis in AXES)
+    shape = tuple(config.sizes.values())
     if min(shape) < 1:
-        raise BadInput(f"mesh {dict(zip(AXES, shape, strict=True))}: every axis is at least 1")
+        raise BadInput(f"mesh {config.sizes}: every axis is at least 1")
     devices = jax.devices() if devices is None else devices
-    wanted = math.prod(shape)
+    wanted = config.num_devices
     if wanted > len(devices):
         raise BadInput(
             f"mesh.data x mesh.fsdp x mesh.context x mesh.tensor = {wanted} devices, but there are "
@@ -72,3 +63,20 @@ def mesh_of(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             "a job of several processes uses all its devices"
         )
     return Mesh(np.asarray(devices[:wanted]).reshape(shape), AXES)
+
+
+def local_rows(mesh: Mesh) -> tuple[int, int]:
+    """Which block of a batch's rows this process reads, of how many: (index, count).
+
+    Processes whose devices hold parts of the same rows (along context or tensor) read the same.
+    """
+    parts = mesh.devices.reshape(*mesh.devices.shape[:2], -1)
+    rows = parts.reshape(-1, parts.shape[-1])
+    process = jax.process_index()
+    mine = [i for i, row in enumerate(rows) if any(d.process_index == process for d in row)]
+    if mine != list(range(mine[0], mine[-1] + 1)) or len(rows) % len(mine) or mine[0] % len(mine):
+        raise BadInput(
+            f"the devices of process {process} hold rows {mine} of {len(rows)} row shards: a mesh "
+            "whose data x fsdp parts fall on whole processes is wanted"
+        )
+    return mine[0] // len(mine), len(rows) // len(mine)

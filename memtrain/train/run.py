@@ -25,7 +25,7 @@ from memtrain.errors import BadInput, Preempted
 from memtrain.files import write_whole
 from memtrain.model.flops import forward_flops
 from memtrain.model.parameters import count_parameters
-from memtrain.parallel.mesh import initialize_distributed, mesh_of
+from memtrain.parallel.mesh import initialize_distributed, local_rows, mesh_of
 from memtrain.parallel.peak import peak_flops
 from memtrain.parallel.sharding import batch_sharding
 from memtrain.train import records
@@ -177,6 +177,8 @@ class _Loop:
         self.tokens_per_step = self.config.batch_size * self.config.seq_len
         self.clock = Clock()
         self.untimed = 0
+        index, count = local_rows(plan.mesh)
+        self.rows = {"process_index": index, "process_count": count}
         self.saved: int | None = None
         self.last: dict[str, Any] = {}
 
@@ -186,12 +188,7 @@ class _Loop:
         self.describe()
         train_step = make_train_step(plan)
         batches = on_devices(
-            self.pipeline.batches(
-                step * config.batch_size,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            ),
-            plan.mesh,
+            self.pipeline.batches(step * config.batch_size, **self.rows), plan.mesh
         )
         losses: list[tuple[jax.Array, jax.Array]] = []
         pending: tuple[int, int, dict[str, jax.Array]] | None = None
@@ -334,13 +331,8 @@ class _Loop:
         self.bytes_per_token = (
             self.pipeline.bytes_per_token("validation") if self.pipeline.tokenizer else None
         )
-        local = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        self.validation_batches = list(
-            on_devices(
-                iter(self.pipeline.validation_batches(self.config.evaluate_batches, **local)),
-                self.plan.mesh,
-            )
-        )
+        validation = self.pipeline.validation_batches(self.config.evaluate_batches, **self.rows)
+        self.validation_batches = list(on_devices(iter(validation), self.plan.mesh))
         if not self.validation_batches and self.config.evaluate_batches:
             self.say("nothing is held out (data.validation_fraction): no evaluation while training")
         with jax.ensure_compile_time_eval():

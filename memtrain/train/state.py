@@ -14,8 +14,10 @@ from jaxtyping import Array, Int, UInt32
 
 from memtrain.config import Experiment
 from memtrain.errors import BadInput
+from memtrain.model.language_model import full_pattern
 from memtrain.model.parameters import Parameters, Skeleton, match_names
 from memtrain.parallel.sharding import replicated, state_shardings
+from memtrain.parallel.tokens import WHOLE, TokenSharding
 from memtrain.train.optimizer import groups_of, optimizer_of
 
 
@@ -50,6 +52,7 @@ class Plan:
     mesh: Mesh
     optimizer: optax.GradientTransformation
     groups: Mapping[str, str]
+    tokens: TokenSharding = WHOLE
 
     @classmethod
     def of(cls, experiment: Experiment, vocab_size: int, mesh: Mesh) -> Plan:
@@ -61,7 +64,14 @@ class Plan:
         optimizer = optimizer_of(
             experiment.optimizer, experiment.train.num_steps, groups, skeleton.axes()
         )
-        plan = cls(experiment, skeleton, mesh, optimizer, groups)
+        layers = [
+            layer
+            for block in full_pattern(experiment.model)
+            for layer in (block.mixer, block.ffn)
+            if layer is not None
+        ]
+        tokens = TokenSharding.of(experiment.mesh, layers, experiment.train.seq_len)
+        plan = cls(experiment, skeleton, mesh, optimizer, groups, tokens)
         if experiment.train.carry != "none":
             plan.carry_spec()
         return plan

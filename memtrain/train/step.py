@@ -12,22 +12,32 @@ from jaxtyping import Array
 
 from memtrain.data.batch import Batch
 from memtrain.memory.protocol import Aux, Context
-from memtrain.model.loss import cross_entropy_sum, token_losses
+from memtrain.model.loss import cross_entropy_over_devices, token_losses_over_devices
+from memtrain.model.parameters import Parameters
 from memtrain.parallel.sharding import (
     batch_sharding,
-    constrain_batch,
+    constrain_tokens,
     kernels_over,
     replicated,
 )
 from memtrain.train.optimizer import global_norm, schedule_of
 from memtrain.train.state import Plan, TrainState
+from memtrain_kernels import Layout
 
 
 Metrics = dict[str, Array]
 
 
-def context_of(batch: Batch, *, want_metrics: bool = False, want_reads: bool = False) -> Context:
+def context_of(
+    batch: Batch,
+    *,
+    layout: Layout = Layout(),  # noqa: B008 (frozen)
+    want_metrics: bool = False,
+    want_reads: bool = False,
+) -> Context:
+    """layout: the order of the batch's tokens."""
     return Context(
+        layout=layout,
         positions=batch.positions,  # type: ignore[arg-type]
         starts=batch.starts,  # type: ignore[arg-type]
         valid=batch.valid,  # type: ignore[arg-type]
@@ -36,22 +46,20 @@ def context_of(batch: Batch, *, want_metrics: bool = False, want_reads: bool = F
     )
 
 
-def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One update. Loss is the sum over weighted tokens divided by their weight in the whole batch,
-    however many devices and accumulation steps it is spread over."""
+def make_loss_and_gradients(plan: Plan) -> Callable[..., tuple[Array, Any, Metrics, Parameters]]:
+    """(parameters, batch, carry) -> the sum of the weighted losses, the new carry, what memories
+    report, and the gradients of that sum for all that is trained. For use inside jit, the batch in
+    natural order."""
     config = plan.experiment.train
     model_config = plan.experiment.model
     chunk, matmul = model_config.loss_chunk_tokens, model_config.dtypes.matmul
-    learning_rate = schedule_of(
-        plan.experiment.optimizer, plan.experiment.optimizer.learning_rate, config.num_steps
-    )
     trained = plan.group("main") | plan.group("table")
 
     def loss_sum(parameters, batch: Batch, carry):
         model = plan.skeleton.merge(parameters)
-        with kernels_over(plan.mesh):
-            hidden, carry, aux = model(batch.tokens, carry, context_of(batch, want_metrics=True))
-        loss = cross_entropy_sum(
+        ctx = context_of(batch, layout=plan.tokens.layout, want_metrics=True)
+        hidden, carry, aux = model(batch.tokens, carry, ctx)
+        loss = cross_entropy_over_devices(
             hidden, model.head(), batch.targets, batch.loss_weights, chunk, matmul
         )
         # An auxiliary loss is per token: it counts as often as there are weighted tokens.
@@ -76,7 +84,7 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
 
         def body(total, part):
             rows, state = part
-            rows = constrain_batch(rows, plan.mesh)
+            rows = jax.tree.map(constrain_tokens, rows)
             loss, state, metrics, grads = gradients(parameters, rows, state)
             return jax.tree.map(jnp.add, total, (loss, grads)), (state, metrics)
 
@@ -88,9 +96,26 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
         metrics = jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
         return loss, jax.tree.map(join, carry), metrics, grads
 
+    def loss_and_gradients(parameters, batch: Batch, carry):
+        with kernels_over(plan.mesh, plan.tokens):
+            return accumulated(parameters, arranged(batch, plan), carry)
+
+    return loss_and_gradients
+
+
+def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """One update. Loss is the sum over weighted tokens divided by their weight in the whole batch,
+    however many devices and accumulation steps it is spread over."""
+    loss_and_gradients = make_loss_and_gradients(plan)
+    learning_rate = schedule_of(
+        plan.experiment.optimizer,
+        plan.experiment.optimizer.learning_rate,
+        plan.experiment.train.num_steps,
+    )
+    trained = plan.group("main") | plan.group("table")
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with kernels_over(plan.mesh):
-            loss, carry, memory, grads = accumulated(state.parameters, batch, state.carry)
+        loss, carry, memory, grads = loss_and_gradients(state.parameters, batch, state.carry)
         weight = jnp.sum(batch.loss_weights)
         scale = 1.0 / jnp.maximum(weight, 1e-9)
         loss = loss * scale
@@ -148,10 +173,15 @@ def make_evaluation_step(plan: Plan) -> Callable[[Any, Batch, Any], tuple[dict[s
 
     def evaluation_step(parameters, batch: Batch, carry: Any) -> tuple[dict[str, Any], Any]:
         model = plan.skeleton.merge(parameters)
-        with kernels_over(plan.mesh):
-            hidden, carry, aux = model(batch.tokens, carry, context_of(batch, want_metrics=True))
-        nll, correct = token_losses(hidden, model.head(), batch.targets, chunk, matmul)
         answers = batch.loss_weights
+        with kernels_over(plan.mesh, plan.tokens):
+            batch = arranged(batch, plan)
+            ctx = context_of(batch, layout=plan.tokens.layout, want_metrics=True)
+            hidden, carry, aux = model(batch.tokens, carry, ctx)
+            nll, correct = token_losses_over_devices(
+                hidden, model.head(), batch.targets, chunk, matmul
+            )
+        nll, correct = (plan.tokens.layout.restore(x) for x in (nll, correct))
         return {
             "nll": jnp.sum(nll * answers),
             "correct": jnp.sum(correct * answers),
@@ -170,6 +200,11 @@ def make_evaluation_step(plan: Plan) -> Callable[[Any, Batch, Any], tuple[dict[s
         ),
         out_shardings=(replicated(plan.mesh), plan.shardings().carry),
     )
+
+
+def arranged(batch: Batch, plan: Plan) -> Batch:
+    """A batch in natural order, its tokens put where the mesh wants them."""
+    return Batch(*(constrain_tokens(plan.tokens.layout.arrange(leaf)) for leaf in batch))
 
 
 def _batch_shardings(plan: Plan) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 
@@ -10,6 +10,7 @@ from memtrain_kernels.attention.backends import attend_with, record, resolve_bac
 from memtrain_kernels.attention.checks import IntArray, checked
 from memtrain_kernels.attention.merge import Partial, join_sink_logits, merge
 from memtrain_kernels.attention.spec import AttentionSpec
+from memtrain_kernels.partition import current_partition
 
 
 @overload
@@ -79,6 +80,9 @@ def attention(
     "tpu", "hopper", "cudnn" (each for what its table says), or None to choose; `explain` tells the
     choice. Raises ValueError for shapes, dtypes or backends that do not fit.
 
+    Under `partitioned(..., sequence=...)`, where the layout splits the tokens of this call, it is
+    `context_attention` over the devices.
+
     First derivatives in reverse mode; for others, and for forward mode, use "reference". The
     environment and the device are looked at when a program is traced, not when it runs again.
 
@@ -87,6 +91,16 @@ def attention(
     """
     given = (q_positions, kv_positions, q_segments, kv_segments)
     problem, tokens = checked(q, k, v, spec, given, sink_logits, prior, return_lse)
+    part = current_partition()
+    if part is not None and part.splits_tokens:
+        from memtrain_kernels.context.partition import attention_over_tokens, sequence_partition
+
+        part = sequence_partition(problem.T, problem.S)
+        if part is not None:
+            names = ("q_positions", "kv_positions", "q_segments", "kv_segments")
+            named: dict[str, Any] = dict(zip(names, tokens, strict=True))
+            joined = attention_over_tokens(part, q, k, v, spec, named, sink_logits, prior, backend)
+            return joined if return_lse else joined[0]
     name, reason = resolve_backend(backend, problem)
     record(name, reason)
     o, lse = attend_with(name)(q, k, v, *tokens, spec)
