@@ -75,7 +75,8 @@ def sharding_for(
 def replicated_dims(axes: Sequence[str | None], mesh: Mesh, shape: Sequence[int]) -> list[int]:
     """Dimensions that the rules would shard more, but that their mesh axes do not divide."""
     asked, got = partition_spec(axes, mesh), partition_spec(axes, mesh, shape)
-    return [dim for dim in range(len(axes)) if asked[dim] != got[dim]]
+    lost = (set(names_of(a)) - set(names_of(g)) for a, g in zip(asked, got, strict=True))
+    return [dim for dim, names in enumerate(lost) if names]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

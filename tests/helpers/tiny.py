@@ -61,3 +61,10 @@ def batch(seed: int, rows: int = 8, length: int = 12) -> Batch:
 
 def with_train(config: Experiment, **changes: Any) -> Experiment:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def carried(config: Experiment) -> Experiment:
+    """The same with memories that go on from step to step."""
+    data = dataclasses.replace(config.data, order="document")
+    train = dataclasses.replace(config.train, carry="stop")
+    return dataclasses.replace(config, data=data, train=train)

@@ -24,7 +24,6 @@ from memtrain.parallel.sharding import (
 
 
 def mesh_of_sizes(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
-    """Built by hand: `mesh_of` refuses the axes that nothing serves yet."""
     sizes = (data, fsdp, context, tensor)
     return Mesh(np.asarray(jax.devices()[: math.prod(sizes)]).reshape(sizes), AXES)
 
@@ -112,11 +111,12 @@ def test_what_does_not_divide_is_replicated_and_named(axes, shape, expected, who
     assert replicated_dims(axes, mesh, shape) == whole
 
 
-def test_a_batch_is_cut_over_all_its_devices_or_not_at_all():
-    """4 rows on 2 x 4 devices are not cut over the 2 or the 4 alone either."""
+def test_a_batch_is_cut_over_the_axes_that_divide_it():
+    """As the kernels' own partition does: axes in order, as long as all together divide."""
     mesh = mesh_of_sizes(data=2, fsdp=4)
     assert partition_spec(("batch", None), mesh, (8, 3)) == P(("data", "fsdp"), None)
-    assert partition_spec(("batch", None), mesh, (4, 3)) == P(None, None)
+    assert partition_spec(("batch", None), mesh, (4, 3)) == P("data", None)
+    assert partition_spec(("batch", None), mesh, (3, 3)) == P(None, None)
     assert replicated_dims(("batch", None), mesh, (4, 3)) == [0]
 
 
