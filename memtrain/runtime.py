@@ -21,6 +21,7 @@ from memtrain.errors import BadInput
 
 
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
+_PATIENCE_S = 24 * 3600
 
 
 def prepare(num_devices: int = 1, *, say: Callable[[str], None] | None = None) -> None:
@@ -171,8 +172,20 @@ def _simulate_devices(num_devices: int, say: Callable[[str], None]) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if accelerators() or _DEVICE_COUNT in flags or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
-    os.environ["XLA_FLAGS"] = f"{flags} {_DEVICE_COUNT}={here}".strip()
+    os.environ["XLA_FLAGS"] = " ".join(
+        [flags, f"{_DEVICE_COUNT}={here}", *_patience(flags)]
+    ).strip()
     say(f"no accelerator found: {here} devices are simulated on this machine's CPU")
+
+
+def _patience(flags: str) -> list[str]:
+    """XLA takes simulated devices that wait a minute for each other for dead, and aborts; with few
+    cores and long sequences they are only slow."""
+    names = (
+        "--xla_cpu_collective_timeout_seconds",
+        "--xla_cpu_collective_call_terminate_timeout_seconds",
+    )
+    return [f"{name}={_PATIENCE_S}" for name in names if name not in flags]
 
 
 def _num_processes() -> int:

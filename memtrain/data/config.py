@@ -59,6 +59,9 @@ class DataConfig:
     order: Literal["packed", "document"] = "packed"
     """"packed": rows are shuffled pieces. "document": each row of the batch goes on where it
     stopped a step ago, for memories that are carried from step to step."""
+    join_documents: bool = False
+    """Read all files, in the order of their names, as one document: for rows longer than any file.
+    What is held out is its last part then."""
     validation_fraction: float = 0.05
     """Share of the files, chosen by the hash of their content, that is held out."""
     text_field: str = "text"

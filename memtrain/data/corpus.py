@@ -59,13 +59,21 @@ class Corpus:
         if len(self.tokens) != meta["num_tokens"] or len(self.names) != meta["num_documents"]:
             raise ValueError("the cached files have another length than was written")
 
-    def split(self, split: Split, fraction: float) -> tuple[np.ndarray, Documents]:
+    def split(
+        self, split: Split, fraction: float, *, joined: bool = False
+    ) -> tuple[np.ndarray, Documents]:
         """Ids and spans of the documents of one side, `fraction` of them held out by content hash.
 
         Equal documents are on the same side. Should the hash leave a side empty, the document
         with the lowest or highest hash moves over; of a corpus of one document the last part is
-        held out.
+        held out. joined: the whole corpus is one document, which has the id of the first.
         """
+        if joined:
+            cut = round(len(self.tokens) * (1 - fraction))
+            spans = (0, cut) if split == "train" else (cut, len(self.tokens))
+            begin, end = (np.array([x], np.int64) for x in spans)
+            ids = np.arange(1 if begin[0] < end[0] else 0)
+            return ids, Documents(self.tokens, begin[ids], end[ids])
         ids = np.arange(len(self.names))
         begins, ends = self._offsets[:-1], self._offsets[1:]
         if fraction == 0:

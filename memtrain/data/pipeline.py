@@ -1,5 +1,6 @@
 """Everything a run reads, from its configuration: batches from any sample on, and held-out text."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -160,8 +161,9 @@ class TextPipeline(Pipeline):
         self.vocab_size = tokenizer.vocab_size
         self.corpus = corpus
         fraction = config.validation_fraction
-        self._train_ids, train = corpus.split("train", fraction)
-        self._validation_ids, self._held_out = corpus.split("validation", fraction)
+        split = functools.partial(corpus.split, fraction=fraction, joined=config.join_documents)
+        self._train_ids, train = split("train")
+        self._validation_ids, self._held_out = split("validation")
         _check_size(config, train, seq_len, batch_size)
         key = derive("text", config.seed, seed)
 
@@ -198,6 +200,7 @@ class TextPipeline(Pipeline):
                 "data.validation_fraction": config.validation_fraction,
                 "data.recall": None if config.recall is None else asdict(config.recall),
                 "data.reread": None if config.reread is None else asdict(config.reread),
+                **({"data.join_documents": True} if config.join_documents else {}),
             },
             rows=rows,
             validation_rows=held_out,
@@ -206,7 +209,8 @@ class TextPipeline(Pipeline):
 
     def train_documents(self) -> Documents:
         """The spans that are trained on, as filler for generated tasks."""
-        return self.corpus.split("train", self._config.validation_fraction)[1]
+        fraction, joined = self._config.validation_fraction, self._config.join_documents
+        return self.corpus.split("train", fraction, joined=joined)[1]
 
     def held_out_documents(self) -> Documents:
         """The spans that are held out."""
@@ -227,6 +231,8 @@ class TextPipeline(Pipeline):
 
     def bytes_per_token(self, split: Split) -> float:
         ids = self._train_ids if split == "train" else self._validation_ids
+        if self._config.join_documents:
+            ids = np.arange(len(self.corpus.names))
         return self.corpus.bytes_per_token(ids) if len(ids) else 1.0
 
 

@@ -32,11 +32,9 @@ def _dense_backward(matmul, compute, saved, dy):
     x, w, like = saved
     dy = dy.astype(matmul)
     dx = jnp.matmul(dy, w.astype(matmul).T, preferred_element_type=jnp.float32)
-    dw = jnp.matmul(
-        x.reshape(-1, x.shape[-1]).T,
-        dy.reshape(-1, dy.shape[-1]),
-        preferred_element_type=jnp.float32,
-    )
+    # Not reshaped to one row of tokens: rows and tokens that are sharded would be gathered for it.
+    tokens = tuple(range(x.ndim - 1))
+    dw = jnp.tensordot(x, dy, axes=(tokens, tokens), preferred_element_type=jnp.float32)
     return dx.astype(like.dtype), dw.astype(w.dtype)
 
 

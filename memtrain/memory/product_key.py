@@ -22,7 +22,12 @@ from jaxtyping import Array, Float, Int
 from memtrain.description import BuildContext, LayerDescription, TableSpec, at_least
 from memtrain.memory.primitives import Linear, rms_normalize
 from memtrain.memory.protocol import Aux, Context, Memory, State
-from memtrain_kernels import product_key_topk, weighted_gather
+from memtrain_kernels import partitioned_product_key_topk, partitioned_weighted_gather
+from memtrain_kernels.partition import current_partition
+
+
+# Half-scores that one device forms at a time, in bytes: 4,096 tokens of 4 heads over 65,536 slots.
+_SCORE_BYTES = 2**25
 
 
 @dataclass(frozen=True)
@@ -128,10 +133,48 @@ class ProductKeyMemory(Memory):
     def select(
         self, x: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T HK"], Int[Array, "B T HK"]]:
-        """Softmax weights and slots of what each token reads, all heads side by side."""
+        """Softmax weights and slots of what each token reads, all heads side by side.
+
+        Long sequences go in chunks of tokens whose half-scores are formed, and formed again for the
+        gradient, one chunk at a time.
+        """
+        B, T, D = x.shape
+        parts, count = self._chunks(B, T)
+        if count == 1:
+            return self._select(x)
+        # Each device cuts its own stretch of the sequence: chunk q is the q-th of every device's.
+        length = -(-(T // parts) // count)
+        x_BPTD = x.reshape(B, parts, T // parts, D)
+        x_BPTD = jnp.pad(x_BPTD, ((0, 0), (0, 0), (0, count * length - T // parts), (0, 0)))
+        x_QBPCD = jnp.moveaxis(x_BPTD.reshape(B, parts, count, length, D), 2, 0)
+
+        def chunk(x_BPCD: Array) -> tuple[Array, ...]:
+            found = self._select(x_BPCD.reshape(B, parts * length, D))
+            return tuple(a.reshape(B, parts, length, -1) for a in found)
+
+        found = jax.lax.map(jax.checkpoint(chunk, prevent_cse=False), x_QBPCD)
+        weights, slots = (
+            jnp.moveaxis(a, 0, 2).reshape(B, parts, count * length, -1)[:, :, : T // parts]
+            for a in found
+        )
+        return weights.reshape(B, T, -1), slots.reshape(B, T, -1)
+
+    def _chunks(self, batch: int, length: int) -> tuple[int, int]:
+        """(devices that share the sequence, chunks in which each forms its half-scores)."""
+        rows, parts = batch, 1
+        if (part := current_partition()) is not None:
+            size = lambda axes: math.prod(part.mesh.shape[n] for n in axes or ())  # noqa: E731
+            rows //= size(part.axes(part.batch, batch))
+            parts = size(part.axes((part.sequence,) if part.sequence else (), length))
+        score_bytes = 2 * self.config.num_heads * self.half_slots * 4
+        fit = max(1, _SCORE_BYTES // (score_bytes * rows))
+        return parts, -(-(length // parts) // fit)
+
+    def _select(self, x: Array) -> tuple[Array, Array]:
+        """`select`, at once."""
         B, T, _ = x.shape
         scores = self.half_scores(x)
-        best, slots = product_key_topk(scores[0], scores[1], self.config.top_k)
+        best, slots = partitioned_product_key_topk(scores[0], scores[1], self.config.top_k)
         weights = jax.nn.softmax(best, axis=-1)
         return weights.reshape(B, T, -1), slots.reshape(B, T, -1)
 
@@ -150,10 +193,8 @@ class ProductKeyMemory(Memory):
         if self.config.table not in ctx.tables:
             raise KeyError(f"ctx.tables has no table {self.config.table!r}: has {list(ctx.tables)}")
         table = ctx.tables[self.config.table]
-        B, T, _ = x.shape
         weights, slots = self.select(x)
-        y = weighted_gather(table, slots.reshape(B * T, -1), weights.reshape(B * T, -1))
-        y = y.reshape(B, T, -1).astype(self.dtypes.compute)
+        y = partitioned_weighted_gather(table, slots, weights).astype(self.dtypes.compute)
         out = self.output(y * jax.nn.silu(self.gate(x)))
         reads = {"slots": slots, "weights": weights} if ctx.want_reads else {}
         metrics = self._usage(slots, weights, ctx) if ctx.want_metrics else {}
@@ -167,7 +208,8 @@ class ProductKeyMemory(Memory):
         """
         weights = jax.lax.stop_gradient(weights) * ctx.valid[..., None]
         mass = jnp.zeros((self.config.num_slots,), jnp.float32)
-        mass = mass.at[slots.reshape(-1)].add(weights.reshape(-1))
+        # Not flattened: each device adds up its own tokens, and only the sums are exchanged.
+        mass = mass.at[slots].add(weights)
         share = mass / jnp.maximum(mass.sum(), 1e-30)
         kl = jnp.sum(jnp.where(share > 0, share * jnp.log(share * self.config.num_slots), 0.0))
         return {"slots_used": jnp.mean(mass > 0), "usage_kl": kl}

@@ -1,15 +1,22 @@
 """ProductKeyMemory against a search of every slot in float64."""
 
+import dataclasses
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import call, compiled
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from memory_oracles import product_key as oracle
 
 from memtrain.description import BuildContext, Dtypes
-from memtrain.memory import Context, ProductKeyMemory, ProductKeyMemoryConfig
+from memtrain.memory import Context, ProductKeyMemory, ProductKeyMemoryConfig, product_key
+from memtrain_kernels import partitioned, tables_over
 
 
 CONFIG = ProductKeyMemoryConfig(num_slots=49, num_heads=2, top_k=3, key_dim=8, value_dim=10)
@@ -184,3 +191,90 @@ def test_a_missing_table_is_named():
 def test_impossible_descriptions_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ProductKeyMemoryConfig(**options)
+
+
+MESH = {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}
+BIG = ProductKeyMemoryConfig(num_slots=64 * 64, num_heads=2, top_k=4, key_dim=8, value_dim=24)
+
+
+def value_and_gradients(memory, x, table):
+    """(aux, y) and the gradients of every parameter, the input and the table."""
+
+    def loss(memory, x, table):
+        ctx = Context.of_documents(*x.shape[:2], tables={"memory": table}, want_metrics=True)
+        y, _, aux = memory(x, None, ctx)
+        return jnp.sum(jnp.sin(y)), (aux, y)
+
+    (_, found), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(
+        memory, x, table
+    )
+    return found, gradients
+
+
+def assert_alike(ours, theirs, tolerance: float) -> None:
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        bound = tolerance * max(1.0, float(np.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_sharded_table_is_read_where_it_lies(chunked, monkeypatch):
+    """Nothing as large as the scores or the table of all devices is gathered."""
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    B, T = 4, 32
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(*MESH.values()), tuple(MESH))
+    memory = build(BIG)
+    x = jax.random.normal(jax.random.key(0), (B, T, DIM))
+    table = jax.random.normal(jax.random.key(1), (BIG.num_slots, BIG.value_dim))
+    want = compiled(value_and_gradients)(memory, x, table)
+    if chunked:  # 5 tokens of each device's 16, in 2 rows
+        monkeypatch.setattr(product_key, "_SCORE_BYTES", 5 * 2 * (2 * BIG.num_heads * 64 * 4))
+
+    def told(*arguments):
+        tokens = partitioned(mesh, batch=("data", "fsdp"), heads=("tensor",), sequence="context")
+        with tokens, tables_over(rows=("fsdp", "context"), columns=("tensor",)):
+            return value_and_gradients(*arguments)
+
+    x = jax.device_put(x, NamedSharding(mesh, P("fsdp", "context")))
+    table = jax.device_put(table, NamedSharding(mesh, P(("fsdp", "context"), "tensor")))
+    program = compiled(told).lower(memory, x, table).compile()
+    found, gradients = program(memory, x, table)
+    assert_alike(found, want[0], 1e-5)
+    assert_alike(gradients, want[1], 1e-5)
+    assert gradients[2].sharding.is_equivalent_to(table.sharding, 2)
+
+    text = program.as_text()
+    assert text is not None
+    gathered = [
+        tuple(map(int, dims.split(",")))
+        for dims in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
+    ]
+    assert gathered  # slots and weights, over tensor
+    for shape in gathered:
+        assert shape[-1] < 64 and math.prod(shape) < BIG.num_slots, shape
+    loops = [math.prod(map(int, d.split(","))) for d in re.findall(r"f32\[([\d,]+)\]", text)]
+    own_scores = B // 2 * (T // 2) * 64  # of one head and one half
+    assert (own_scores in loops) == (not chunked)
+
+
+@pytest.mark.parametrize("length", [16, 19])
+def test_chunks_of_tokens_change_nothing(length, monkeypatch):
+    """To the bit where products are exact: XLA rounds a product by the shape that it comes in."""
+    memory = build(dataclasses.replace(BIG, qk_norm=False))
+    for leaf in (memory.query.weight, memory.keys):
+        leaf.set_value(jnp.rint(8 * leaf[...]) / 8)
+    x = jnp.rint(2 * jax.random.normal(jax.random.key(0), (2, length, DIM)))
+    table = jax.random.normal(jax.random.key(1), (BIG.num_slots, BIG.value_dim))
+    scores = f"tensor<2x2x{length}x2x64xf32>"
+    assert scores in jax.jit(lambda *a: memory.select(*a)).lower(x).as_text()
+    (aux, y), gradients = compiled(value_and_gradients)(memory, x, table)
+
+    monkeypatch.setattr(product_key, "_SCORE_BYTES", 5 * 2 * (2 * BIG.num_heads * 64 * 4))
+    assert scores not in jax.jit(lambda *a: memory.select(*a)).lower(x).as_text()
+    (chunked_aux, chunked_y), chunked = compiled(lambda *a: value_and_gradients(*a))(
+        memory, x, table
+    )
+    np.testing.assert_array_equal(chunked_y, y)
+    jax.tree.map(np.testing.assert_array_equal, chunked_aux, aux)
+    assert_alike(chunked, gradients, 1e-5)

@@ -8,6 +8,7 @@ from memtrain_kernels.context.api import (
     ulysses_degree,
 )
 from memtrain_kernels.context.layout import KINDS, Kind, Layout
+from memtrain_kernels.context.work import RingWork, ring_work
 
 
 __all__ = [
@@ -15,8 +16,10 @@ __all__ = [
     "STRATEGIES",
     "Kind",
     "Layout",
+    "RingWork",
     "Strategy",
     "context_attention",
     "plan_ring",
+    "ring_work",
     "ulysses_degree",
 ]
