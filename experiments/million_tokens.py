@@ -5,9 +5,10 @@
     memtrain train experiments/million_tokens.py:short
 
 `recipe` has windows of attention and a memory table: the devices of the context axis pass their
-keys to one neighbour and no further. `ring` has a layer of full attention over all the tokens of
-the row, one head of 32: its keys and values travel round the devices, and one step of it is 2 x
-10^14 operations, about an hour on two CPU cores. `short` is `ring` with rows of 8,192 tokens.
+keys to one neighbour and no further. `ring` has convolutions, a memory table, and a layer of full
+attention over all the tokens of the row, one head of 32: its keys and values travel round the
+devices, and one step of it is 2 x 10^14 operations, about an hour on two CPU cores. `short` is
+`ring` with rows of 8,192 tokens.
 
 The text is the standard library's, as one document; data.path takes books. The same recipes run on
 eight GPUs or a TPU slice: docs/long-context.md.
@@ -17,7 +18,15 @@ import dataclasses
 
 from memtrain.config import Experiment
 from memtrain.data.config import DataConfig
-from memtrain.layers import Attention, Block, ModelConfig, ProductKeyMemory, SwiGLU, Window
+from memtrain.layers import (
+    Attention,
+    Block,
+    ModelConfig,
+    ProductKeyMemory,
+    ShortConv,
+    SwiGLU,
+    Window,
+)
 from memtrain.parallel.config import MeshConfig
 from memtrain.train.config import OptimizerConfig, TrainConfig
 
@@ -51,12 +60,13 @@ def recipe() -> Experiment:
 
 def ring() -> Experiment:
     base = recipe()
-    whole = Attention(num_heads=1, head_dim=32)
-    pattern = (Block(mixer=LOCAL, ffn=SwiGLU(hidden=128)), Block(mixer=whole, ffn=TABLE))
+    mix = Block(mixer=ShortConv(4), ffn=SwiGLU(hidden=64))
+    table = dataclasses.replace(TABLE, num_heads=1, value_dim=32)
+    pattern = (mix, Block(mixer=Attention(num_heads=1, head_dim=32), ffn=table))
     return dataclasses.replace(
         base,
         name="million-tokens-ring",
-        model=dataclasses.replace(base.model, pattern=pattern, remat="none"),
+        model=dataclasses.replace(base.model, dim=32, pattern=pattern, remat="none"),
         train=dataclasses.replace(base.train, num_steps=1, checkpoint_every_steps=1),
     )
 

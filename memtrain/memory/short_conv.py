@@ -123,11 +123,12 @@ class ShortConv(Memory):
 
     def _over_pieces(self, x, documents, layout: Layout) -> Array:
         """Rows that are split over devices: each stretch with the end of the one before it."""
-        size = self.size - 1
-        halo_x, halo_owner = halos(x, layout, size), halos(documents + 1, layout, size) - 1
-        rows = lambda a: a.reshape(halo_x.shape[0] * halo_x.shape[1], -1, *a.shape[2:])  # noqa: E731
-        halo_x, halo_owner = (a.reshape(-1, size, *a.shape[3:]) for a in (halo_x, halo_owner))
-        pieces, owners = rows(x), rows(documents)
+        size, stretches = self.size - 1, x.shape[0] * layout.devices * layout.pieces
+        halo_x = halos(x, layout, size).reshape(stretches, size, x.shape[2])
+        # Nothing is before the first stretch: no document, that is -1.
+        halo_owner = halos(documents + 1, layout, size).reshape(stretches, size) - 1
+        pieces = x.reshape(stretches, -1, x.shape[2])
+        owners = documents.reshape(stretches, -1)
         inputs = jnp.concatenate([halo_x, pieces], axis=1)
         y = self._mix(pieces, inputs, jnp.concatenate([halo_owner, owners], axis=1), owners)
         return y.reshape(x.shape)
