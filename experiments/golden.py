@@ -1,8 +1,8 @@
 """The golden path: every part of memtrain in one small run. `tests/golden` holds it to its word.
 
 A window, a short convolution, full attention with convolved keys and a product-key memory whose
-table two layers share, on a mesh; it is killed, resumes on another mesh, is exported, decodes from
-its cache and is evaluated. It grows with every kind of memory that is built.
+table two layers share, on a mesh of all axes but one; it is killed, resumes on another mesh, is
+exported, decodes from its cache and is evaluated. It grows with every kind of memory that is built.
 """
 
 from memtrain.config import Experiment
@@ -43,5 +43,5 @@ def recipe() -> Experiment:
             log_every_steps=4,
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=4),
-        mesh=MeshConfig(data=2, fsdp=4),
+        mesh=MeshConfig(fsdp=2, context=2, tensor=2),
     )

@@ -8,6 +8,7 @@ what it needs and returns the result as a dict; what it prints goes to stdout, o
 from __future__ import annotations
 
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -217,6 +218,73 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say what a run will take, before it is launched: bytes, FLOPs, time, and whether it fits."""
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE", help_behavior_hint="")]
+    """path/to/file.py[:function] that returns an Experiment, or the config.json of a run."""
+    target: Annotated[str | None, arg(metavar="T", help_behavior_hint="")] = None
+    """The devices: v5e:4x4, v5p:4x4x4, v6e:16x16 (TPU slices by topology), h100xN, h200xN, cpuxN.
+    The real train step is compiled for them, which none of them need be here for."""
+    set: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="KEY=VALUE", help_behavior_hint="(repeatable)"),
+    ] = ()
+    """Fields of the experiment to change, as in --set train.seq_len=32768 mesh.context=4."""
+    sweep: Annotated[str | None, arg(metavar="KEY=A,B,..", help_behavior_hint="")] = None
+    """Estimate at several values of one field, as in train.seq_len=8192,32768 (compiled too with
+    --compile)."""
+    plot: Annotated[Path | None, arg(metavar="FILE.PNG|SVG", help_behavior_hint="")] = None
+    """With --sweep: draw memory and step time."""
+    compile: Annotated[bool, _optional] = False
+    """Compile the points of a sweep too."""
+    no_compile: Annotated[bool, _optional] = False
+    """Leave the compiler out: estimates alone, in seconds."""
+    shardings: Annotated[bool, _optional] = False
+    """List where every parameter lives."""
+    json: Json = False
+    """Print the result as one JSON object on stdout, and progress on stderr."""
+
+    def run(self) -> dict[str, Any]:
+        from memtrain import runtime
+        from memtrain.config import override
+        from memtrain.plan.target import parse_target
+        from memtrain.recipe import load_recipe
+
+        target = None if self.target is None else parse_target(self.target)
+        if self.plot is not None and self.sweep is None:
+            raise BadInput("--plot draws a sweep: give --sweep KEY=V1,V2,... too")
+        if self.compile and (target is None or self.no_compile):
+            why = "--no-compile contradicts it" if self.no_compile else "give --target too"
+            raise BadInput(f"--compile: {why}")
+        experiment = override(load_recipe(self.recipe), self.set)
+        compiles = target is not None and not self.no_compile
+        if self.sweep is not None:
+            compiles = self.compile
+        on_cpu = target is not None and target.device.platform == "cpu"
+        if target is not None:
+            from memtrain.plan.compile import prepare_compiler
+
+            prepare_compiler(target)
+        # Nothing runs: a plan takes no accelerator from whoever trains on it.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        runtime.prepare(target.num_devices if target is not None and on_cpu and compiles else 1)
+        from memtrain.plan.command import plan
+        from memtrain.plan.plot import check_plot
+        from memtrain.plan.sweep import parse_sweep
+
+        if self.plot is not None:
+            check_plot(self.plot)
+        sweep = None if self.sweep is None else parse_sweep(experiment, self.sweep)
+        return plan(experiment, target=target, compiles=compiles, sweep=sweep, plot=self.plot)
+
+    def show(self, result: dict[str, Any]) -> str:
+        from memtrain.plan.show import as_lines
+
+        return as_lines(result, shardings=self.shardings)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Say whether this machine is ready, and what to do where it is not."""
 
@@ -240,6 +308,7 @@ COMMANDS: dict[str, type] = {
     "generate": Generate,
     "evaluate": Evaluate,
     "report": Report,
+    "plan": Plan,
     "doctor": Doctor,
 }
 

@@ -8,9 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from memtrain.description import Dtypes
+
+
+MATMUL = "matmul"
+"""Name of the results of matrix products, for policies of rematerialisation."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -61,7 +66,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
         matmul, compute = jnp.dtype(self.dtypes.matmul), jnp.dtype(self.dtypes.compute)
-        return dense(x, self.weight[...], matmul, compute)
+        # Named for remat="dots": policies by primitive do not look into a custom gradient.
+        return checkpoint_name(dense(x, self.weight[...], matmul, compute), MATMUL)
 
 
 def rms_normalize(x: Array, epsilon: float = 1e-6) -> Array:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import numpy as np
 from flax import nnx
 
 from memtrain.memory.attention import Attention
@@ -32,6 +31,13 @@ class Flops:
     memory: float
     """Scores and weighted values of key-value tables."""
 
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(
+            self.matmul + other.matmul,
+            self.attention + other.attention,
+            self.memory + other.memory,
+        )
+
     @property
     def total(self) -> float:
         return self.matmul + self.attention + self.memory
@@ -43,29 +49,44 @@ class Flops:
 
 def forward_flops(model: LanguageModel, seq_len: int) -> Flops:
     """Of one token, averaged over rows of `seq_len` tokens that are one document each."""
-    matmul = 2.0 * model.config.dim * model.vocab_size
-    attention = memory = 0.0
-    repeats = model.config.repeats
+    total = head_flops(model)
     for block in model.blocks:
         for place in block.places().values():
-            layer = place.layer
-            matmul += sum(2.0 * leaf.size for leaf in _matrices(layer))
-            if isinstance(layer, Attention):
-                seen = _mean_visible(layer.config.window, layer.config.sink_tokens, seq_len)
-                attention += 4.0 * seen * layer.num_heads * layer.head_dim * repeats
-            elif isinstance(layer, ProductKeyMemory):
-                c = layer.config
-                scores = 2.0 * c.num_heads * layer.half_slots * c.key_dim
-                values = 2.0 * c.num_heads * c.top_k * c.value_dim
-                memory += (scores + values) * repeats
-    return Flops(matmul=matmul, attention=attention, memory=memory)
+            total = total + layer_flops(place.layer, seq_len)
+    return total
+
+
+def head_flops(model: LanguageModel) -> Flops:
+    """Of the products with the vocabulary."""
+    return Flops(2.0 * model.config.dim * model.vocab_size, 0.0, 0.0)
+
+
+def layer_flops(layer: nnx.Module, seq_len: int) -> Flops:
+    """Of one place of the pattern, all its repeats together."""
+    matrices = _matrices(layer)
+    matmul = sum(2.0 * leaf.size for leaf in matrices)
+    attention = memory = 0.0
+    repeats = matrices[0].shape[0] if matrices else 1
+    if isinstance(layer, Attention):
+        seen = _mean_visible(layer.config.window, layer.config.sink_tokens, seq_len)
+        attention = 4.0 * seen * layer.num_heads * layer.head_dim * repeats
+    elif isinstance(layer, ProductKeyMemory):
+        c = layer.config
+        scores = 2.0 * c.num_heads * layer.half_slots * c.key_dim
+        values = 2.0 * c.num_heads * c.top_k * c.value_dim
+        memory = (scores + values) * repeats
+    return Flops(matmul, attention, memory)
 
 
 def _mean_visible(window: int | None, sinks: int, seq_len: int) -> float:
     """Keys that a query sees, averaged over the positions of a row."""
-    so_far = np.arange(1, seq_len + 1)
-    near = np.minimum(so_far, window or seq_len)
-    return float(np.mean(near + np.minimum(sinks, so_far - near)))
+    window = min(window or seq_len, seq_len)
+    near = window * (window + 1) // 2 + (seq_len - window) * window
+    # The k-th token after the window has k tokens outside, of which it sees the sinks.
+    outside = seq_len - window
+    few = min(sinks, outside)
+    far = few * (few + 1) // 2 + (outside - few) * sinks
+    return (near + far) / seq_len
 
 
 def _matrices(layer: nnx.Module) -> list[jax.Array]:

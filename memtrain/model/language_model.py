@@ -22,6 +22,7 @@ from memtrain.model.config import ModelConfig
 from memtrain.model.embedding import embed
 from memtrain.model.feed_forward import SwiGLUConfig
 from memtrain.model.repeats import run_scanned, run_unrolled, unstack
+from memtrain_kernels.target import current_target
 
 
 AuxByLayer = list[dict[str, Aux]]
@@ -162,7 +163,7 @@ class LanguageModel(nnx.Module):
     def _unrolls(self, length: int) -> bool:
         repeats, unroll = self.config.repeats, self.config.scan_unroll
         if unroll is None:
-            return repeats == 1 or length == 1 or jax.default_backend() == "cpu"
+            return repeats == 1 or length == 1 or current_target().platform == "cpu"
         return unroll >= repeats
 
     def head(self) -> Float[Array, "V D"]:

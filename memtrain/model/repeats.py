@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from memtrain.memory.primitives import MATMUL
 from memtrain.memory.protocol import Context
 from memtrain.model.block import Block
 
 
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(MATMUL),
 }
 
 
@@ -71,6 +72,7 @@ def run_scanned(
 ) -> tuple[jax.Array, list[Any] | None, list[Any]]:
     """A scan over the repeats; one repeat runs the whole pattern. See `LanguageModel.__call__`."""
     width = len(blocks)
+    run = _rematerialised(lambda layer, x, before, ctx: layer(x, before, ctx), remat)
 
     def body(carry, xs):
         x, states = carry
@@ -78,7 +80,8 @@ def run_scanned(
         after, aux = [], []
         for i, layer in enumerate(layers):
             before = None if states is None else jax.tree.map(lambda s: s[repeat], states[i])
-            x, new, layer_aux = layer(x, before, ctx)
+            # Block by block: a whole repeat recomputed at once is all its blocks' activations.
+            x, new, layer_aux = run(layer, x, before, ctx)
             after.append(new)
             aux.append(layer_aux)
         if states is not None:
@@ -92,7 +95,6 @@ def run_scanned(
             jax.tree.map(lambda *rows: jnp.stack(rows), *state[i::width]) for i in range(width)
         ]
     xs = (jnp.arange(repeats), list(blocks))
-    body = _rematerialised(body, remat)
     (x, stacked), aux = jax.lax.scan(body, (x, stacked), xs, unroll=unroll)
     aux = [jax.tree.map(lambda a, r=r: a[r], aux[i]) for r in range(repeats) for i in range(width)]
     if stacked is None:

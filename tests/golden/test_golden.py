@@ -54,7 +54,8 @@ def golden(tmp_path_factory) -> tuple[Experiment, Path, Path]:
     run, artifact = folder / "run", folder / "model.mtx"
     _train_and_kill(run)
     said: list[str] = []
-    resumed = override(load_recipe(str(RECIPE)), ["mesh.data=4", "mesh.fsdp=1"])
+    changes = ["mesh.data=2", "mesh.fsdp=2", "mesh.context=2", "mesh.tensor=1"]
+    resumed = override(load_recipe(str(RECIPE)), changes)
     before = memtrain_kernels.backend_counts().get("xla", 0)
     train(resumed, run, recipe=str(RECIPE), progress=said.append)
     assert any("resumed from step" in line for line in said), said

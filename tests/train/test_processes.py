@@ -1,4 +1,4 @@
-"""A training run of two processes: the losses of one, stopped at one step, resumed."""
+"""Training runs of several processes: the losses of one, stopped at one step, resumed."""
 
 import os
 import signal
@@ -29,28 +29,31 @@ CHANGES = [
 ]
 
 
-def command(run: Path) -> list[str]:
+def command(run: Path, changes: list[str]) -> list[str]:
     return [
         *(sys.executable, "-m", "memtrain", "train", str(RECIPE), "--run-dir", str(run), "--set"),
-        *CHANGES,
+        *changes,
     ]
 
 
-def start_job(run: Path) -> list[subprocess.Popen[str]]:
+def start_job(
+    run: Path, changes: list[str] = CHANGES, processes: int = 2, devices: int = 1
+) -> list[subprocess.Popen[str]]:
+    """`devices` in each of the processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": with_devices(1)} | job
+    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": with_devices(devices)} | job
     return [
         subprocess.Popen(
-            command(run),
+            command(run, changes),
             env=environment | {"JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for index in range(2)
+        for index in range(processes)
     ]
 
 
@@ -87,3 +90,33 @@ def test_two_processes_train_stop_together_and_go_on(tmp_path):
     found, expected = losses(run), losses(tmp_path / "alone")
     assert list(found) == list(expected) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def few_losses(tmp_path_factory) -> dict[int, float]:
+    """Of a few steps of one process on one device."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    train(override(load_recipe(str(RECIPE)), FEW), run, progress=lambda line: None)
+    return losses(run)
+
+
+FEW = ["train.num_steps=6", "train.log_every_steps=1", "train.checkpoint_every_steps=6"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "mesh"),
+    [
+        # A row over two processes; one over both devices of each; every device a process.
+        (2, 2, ["mesh.context=4"]),
+        (2, 2, ["mesh.fsdp=2", "mesh.context=2"]),
+        (4, 1, ["mesh.data=2", "mesh.context=2"]),
+        (4, 1, ["mesh.context=2", "mesh.tensor=2", "mesh.context_strategy=all_gather"]),
+    ],
+    ids=str,
+)
+def test_a_context_axis_over_processes(tmp_path, few_losses, processes, devices, mesh):
+    """Same rows in every process that holds a part of them, one ring over all of them."""
+    run = tmp_path / "run"
+    for code, output in ended(start_job(run, [*FEW, *mesh], processes, devices)):
+        assert code == 0, output
+    np.testing.assert_allclose(list(losses(run).values()), list(few_losses.values()), rtol=1e-5)

@@ -1,0 +1,83 @@
+"""How a mesh splits the tokens and heads of a model, as the train step will: and what it sends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memtrain.config import Experiment
+from memtrain.description import LayerDescription
+from memtrain.memory.attention import AttentionConfig
+from memtrain.memory.product_key import ProductKeyMemoryConfig
+from memtrain.model.config import ModelConfig
+from memtrain.model.language_model import full_pattern
+from memtrain.parallel.tokens import TokenSharding
+from memtrain_kernels import AttentionSpec
+from memtrain_kernels.context import Layout, plan_ring, ulysses_degree
+
+
+# The hops of a window depend on how many devices there are only where these are few.
+_ENOUGH_DEVICES = 64
+
+
+def layers_of(config: ModelConfig) -> list[tuple[int, str, LayerDescription]]:
+    """(block, place, description) of every layer of one repeat."""
+    return [
+        (index, place, layer)
+        for index, block in enumerate(full_pattern(config))
+        for place in ("mixer", "ffn")
+        if (layer := getattr(block, place)) is not None
+    ]
+
+
+def attention_layers(config: ModelConfig) -> Iterator[tuple[int, AttentionConfig]]:
+    """(block, description) of every attention layer of one repeat."""
+    for index, _, layer in layers_of(config):
+        if isinstance(layer, AttentionConfig):
+            yield index, layer
+
+
+def lookups(config: ModelConfig) -> list[ProductKeyMemoryConfig]:
+    """The layers of one repeat that read a table."""
+    return [layer for _, _, layer in layers_of(config) if isinstance(layer, ProductKeyMemoryConfig)]
+
+
+def tokens_of(experiment: Experiment) -> TokenSharding:
+    """The layout and strategy, "auto" resolved.
+
+    Raises BadInput where the sequence or the heads cannot be split so, naming what can.
+    """
+    layers = [layer for _, _, layer in layers_of(experiment.model)]
+    return TokenSharding.of(experiment.mesh, layers, experiment.train.seq_len)
+
+
+def ulysses_of(layer: AttentionConfig, experiment: Experiment) -> int:
+    """Devices of the context axis that exchange this layer's heads."""
+    mesh, tokens = experiment.mesh, tokens_of(experiment)
+    heads, kv_heads = layer.num_heads, layer.num_kv_heads or layer.num_heads
+    if kv_heads % mesh.tensor == 0:
+        heads, kv_heads = heads // mesh.tensor, kv_heads // mesh.tensor
+    return ulysses_degree(tokens.strategy, mesh.context, heads, kv_heads, tokens.ulysses)
+
+
+def hops_of(layer: AttentionConfig, experiment: Experiment) -> tuple[int, float]:
+    """Permutes that bring one layer the keys and values of other devices, and what they carry.
+
+    The second counts in chunks: the tokens of one device of the ring.
+    """
+    tokens = tokens_of(experiment)
+    if tokens.strategy == "all_gather":
+        return 0, experiment.mesh.context - 1.0
+    devices = experiment.mesh.context // ulysses_of(layer, experiment)
+    if devices == 1:
+        return 0, 0.0
+    if layer.window is None:
+        return devices - 1, devices - 1.0
+    local = -(-experiment.train.seq_len // devices)
+    few = min(devices, _ENOUGH_DEVICES, max(4, 4 * -(-layer.window // local) + 4))
+    layout = Layout(tokens.layout.kind, few)
+    local += -local % layout.pieces
+    spec = AttentionSpec(window=layer.window, sink_tokens=layer.sink_tokens, ordered=True)
+    schedule, _ = plan_ring(spec, layout, local, local, by_default=False, segments=True)
+    carried = sum(len(hop.pieces) for chain in schedule.chains for hop in chain)
+    scale = (devices - 1) / (few - 1) if schedule.complete else 1.0
+    return round(schedule.hops * scale), carried / layout.pieces * scale

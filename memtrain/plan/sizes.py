@@ -1,0 +1,136 @@
+"""Bytes of the training state, array by array, from shapes and the sharding table alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, cast
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from memtrain.config import Experiment
+from memtrain.memory.protocol import is_leaf_spec
+from memtrain.parallel.config import AXES, MeshConfig
+from memtrain.parallel.sharding import names_of, partition_spec
+from memtrain.plan.layout import tokens_of
+from memtrain.train.state import Plan
+
+
+def abstract_mesh(config: MeshConfig) -> Mesh:
+    """The run's mesh without devices. Shardings over it can be read, not placed."""
+    sizes = config.sizes
+    types = (AxisType.Auto,) * len(sizes)
+    return cast(Mesh, AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types))
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter. Bytes of the whole array, and of one device's part of it.
+
+    gathered: bytes of what a device holds while it computes: whole but for the tensor axis.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...]
+    spec: str
+    """Mesh axes of each dimension, as `PartitionSpec` prints them."""
+    whole: int
+    local: int
+    gathered: int
+    trained: bool
+    is_table: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Bytes of a part of the state: the arrays themselves, and one device's share."""
+
+    whole: int = 0
+    local: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StateSizes:
+    """What lives from step to step."""
+
+    parameters: tuple[Leaf, ...]
+    optimizer: Size
+    carry: Size
+
+    def total(self, *, trained_only: bool = False) -> Size:
+        """Of the parameters."""
+        leaves = [leaf for leaf in self.parameters if leaf.trained or not trained_only]
+        return Size(sum(leaf.whole for leaf in leaves), sum(leaf.local for leaf in leaves))
+
+
+def state_sizes(experiment: Experiment, vocab_size: int) -> StateSizes:
+    """Raises BadInput where the parts of the experiment do not fit each other."""
+    # Nothing of it depends on the length of a row, which is what searches go through.
+    short = tokens_of(experiment).layout.multiple
+    train = dataclasses.replace(experiment.train, seq_len=short)
+    return _state_sizes(dataclasses.replace(experiment, train=train), vocab_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _state_sizes(experiment: Experiment, vocab_size: int) -> StateSizes:
+    mesh = abstract_mesh(experiment.mesh)
+    plan = Plan.of(experiment, vocab_size, mesh)
+    shapes, axes = plan.shapes(), plan.skeleton.axes()
+    leaves = []
+    for name in sorted(shapes.parameters):
+        shape = cast(jax.ShapeDtypeStruct, shapes.parameters[name])
+        spec = partition_spec(axes[name], mesh, shape.shape)
+        whole = _bytes(shape.shape, shape)
+        leaves.append(
+            Leaf(
+                name=name,
+                shape=tuple(shape.shape),
+                dtype=str(shape.dtype),
+                axes=axes[name],
+                spec=f"({', '.join('+'.join(names_of(entry)) or '-' for entry in spec)})",
+                whole=whole,
+                local=_local(whole, spec, mesh),
+                gathered=_local(whole, spec, mesh, only=("tensor",)),
+                trained=plan.groups[name] != "frozen",
+                is_table=name in plan.skeleton.tables,
+            )
+        )
+    carry = Size()
+    if shapes.carry is not None:
+        specs = jax.tree.leaves(plan.carry_spec(), is_leaf=is_leaf_spec)
+        carry = Size(
+            sum(leaf.nbytes for leaf in specs),
+            sum(
+                _local(leaf.nbytes, partition_spec(leaf.axes, mesh, leaf.shape), mesh)
+                for leaf in specs
+            ),
+        )
+    return StateSizes(tuple(leaves), _moments(shapes.optimizer, leaves), carry)
+
+
+def _moments(optimizer: Any, parameters: list[Leaf]) -> Size:
+    """Moments live with their parameter, counters on every device (`train.state.Plan`)."""
+    named = {leaf.name: leaf for leaf in parameters}
+    whole = local = 0
+    for path, moment in jax.tree_util.tree_leaves_with_path(optimizer):
+        keys = (getattr(entry, "key", None) for entry in path)
+        own = next((named[key] for key in keys if isinstance(key, str) and key in named), None)
+        size = _bytes(moment.shape, moment)
+        whole += size
+        same = own is not None and own.shape == tuple(moment.shape)
+        local += size * own.local // own.whole if same and own is not None else size
+    return Size(whole, local)
+
+
+def _local(nbytes: int, spec: PartitionSpec, mesh: Mesh, only: tuple[str, ...] = AXES) -> int:
+    """One device's part of an array, if it is split along these mesh axes."""
+    names = [name for entry in spec for name in names_of(entry) if name in only]
+    return nbytes // math.prod(mesh.shape[name] for name in names)
+
+
+def _bytes(shape: tuple[int, ...], like: Any) -> int:
+    return math.prod(shape) * like.dtype.itemsize

@@ -1,0 +1,34 @@
+"""Experiments that are compiled here to hold the plan to, and what their compiler says."""
+
+from memtrain.config import Experiment
+from memtrain.layers import Attention, Block, ModelConfig, ProductKeyMemory, SwiGLU, Window
+from memtrain.model.config import Block as BlockConfig
+from memtrain.parallel.config import MeshConfig
+from memtrain.plan.compile import Compiled, compile_train_step
+from memtrain.plan.target import parse_target
+from memtrain.train.config import TrainConfig
+
+
+VOCAB = 4096
+TABLE = ProductKeyMemory(num_slots=128**2, value_dim=256)
+
+
+def experiment(
+    *pattern, rows: int = 8, seq_len: int = 512, mesh: MeshConfig | None = None, **model
+) -> Experiment:
+    return Experiment(
+        name="x",
+        model=ModelConfig(**{"dim": 256, "repeats": 2, "pattern": pattern, **model}),
+        train=TrainConfig(batch_size=rows, seq_len=seq_len),
+        mesh=mesh or MeshConfig(),
+    )
+
+
+def compiled(experiment: Experiment) -> Compiled:
+    """By the CPU's compiler, on as many simulated devices as the mesh has."""
+    return compile_train_step(experiment, parse_target(f"cpux{experiment.num_devices}"), VOCAB)
+
+
+DENSE = Attention(num_heads=4)
+WIDE = BlockConfig(mixer=Attention(num_heads=8, num_kv_heads=4), ffn=SwiGLU(hidden=2752))
+MEMORY = (Window(128, num_heads=4), Block(mixer=Attention(num_heads=4), ffn=TABLE))
