@@ -31,16 +31,16 @@ from memtrain.parallel.config import MeshConfig
 from memtrain.train.config import OptimizerConfig, TrainConfig
 
 
-LOCAL = Window(256, num_heads=2, sink_tokens=4)
-TABLE = ProductKeyMemory(num_slots=64**2, num_heads=2, top_k=8, key_dim=32, value_dim=64)
+LOCAL = Window(256, num_heads=1, head_dim=32, sink_tokens=4)
+TABLE = ProductKeyMemory(num_slots=64**2, num_heads=1, top_k=8, key_dim=32, value_dim=32)
 
 
 def recipe() -> Experiment:
     return Experiment(
         name="million-tokens",
         model=ModelConfig(
-            dim=64,
-            pattern=(Block(mixer=LOCAL, ffn=SwiGLU(hidden=128)), Block(mixer=LOCAL, ffn=TABLE)),
+            dim=32,
+            pattern=(Block(mixer=LOCAL, ffn=SwiGLU(hidden=64)), Block(mixer=LOCAL, ffn=TABLE)),
             remat="full",
         ),
         data=DataConfig(path=("stdlib",), join_documents=True, prefetch=1),
@@ -61,12 +61,11 @@ def recipe() -> Experiment:
 def ring() -> Experiment:
     base = recipe()
     mix = Block(mixer=ShortConv(4), ffn=SwiGLU(hidden=64))
-    table = dataclasses.replace(TABLE, num_heads=1, value_dim=32)
-    pattern = (mix, Block(mixer=Attention(num_heads=1, head_dim=32), ffn=table))
+    pattern = (mix, Block(mixer=Attention(num_heads=1, head_dim=32), ffn=TABLE))
     return dataclasses.replace(
         base,
         name="million-tokens-ring",
-        model=dataclasses.replace(base.model, dim=32, pattern=pattern, remat="none"),
+        model=dataclasses.replace(base.model, pattern=pattern, remat="none"),
         train=dataclasses.replace(base.train, num_steps=1, checkpoint_every_steps=1),
     )
 

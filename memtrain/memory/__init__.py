@@ -2,6 +2,8 @@
 
 from memtrain.memory.attention import Attention as Attention
 from memtrain.memory.attention import AttentionConfig as AttentionConfig
+from memtrain.memory.linear_recurrence import LinearRecurrence as LinearRecurrence
+from memtrain.memory.linear_recurrence import LinearRecurrenceConfig as LinearRecurrenceConfig
 from memtrain.memory.product_key import ProductKeyMemory as ProductKeyMemory
 from memtrain.memory.product_key import ProductKeyMemoryConfig as ProductKeyMemoryConfig
 from memtrain.memory.protocol import Aux as Aux

@@ -103,6 +103,8 @@ class Attention(Memory):
     document.
     """
 
+    any_layout = True
+
     def __init__(self, config: AttentionConfig, context: BuildContext, *, rngs: nnx.Rngs):
         dim, dtypes = context.dim, context.dtypes
         self.config, self.dtypes = config, dtypes

@@ -75,6 +75,8 @@ class ProductKeyMemory(Memory):
     none.
     """
 
+    any_layout = True
+
     def __init__(self, config: ProductKeyMemoryConfig, context: BuildContext, *, rngs: nnx.Rngs):
         dim, dtypes = context.dim, context.dtypes
         self.config, self.dtypes = config, dtypes

@@ -32,6 +32,9 @@ nnx.set_graph_updates(False)
 State = Any
 """A pytree of arrays of static shape, each with the batch as its first dimension."""
 
+Transition = Any
+"""A pytree of arrays, each with the batch first: what a run of tokens does to any state."""
+
 Growth = Literal["fixed", "per_token", "per_segment"]
 Residency = Literal["device", "host"]
 
@@ -156,6 +159,17 @@ class Memory(nnx.Module):
     rollback_slack: int = 0
     """Newest tokens that `rollback` can take back; 0 where it is not offered."""
 
+    any_layout: bool = False
+    """Whether a call serves every `ctx.layout`, be it by transitions, by a ring, by halos, or since
+    no token needs another. Without it a call takes tokens in natural order only."""
+
+    transition_rounds: int = 0
+    """How often `transition` must be asked until it is exact; 0 where it is not offered.
+
+    1: a transition depends on its run alone. 2: it also reads the tail of the tokens before, as a
+    convolution in front does; asked once it gives the tails, and asked again with these, the rest.
+    """
+
     def state_spec(self, batch: int, capacity: int) -> Any:
         """A pytree of `LeafSpec`. capacity: valid tokens since init or a whole-row reset."""
         raise NotImplementedError(f"{type(self).__name__} declares no state_spec")
@@ -195,6 +209,28 @@ class Memory(nnx.Module):
     def rollback(self, state: State, tokens: int) -> State:
         """The state before the newest `tokens` valid tokens of each row, up to `rollback_slack`."""
         raise ValueError(f"{type(self).__name__} offers no rollback")
+
+    def transition(
+        self, x: Float[Array, "B T D"], ctx: Context, before: State | None
+    ) -> Transition:
+        """What a run of consecutive tokens does to any state that enters it.
+
+        A pytree of arrays, the batch first, of shapes that do not depend on T. Where a document
+        begins inside the run, nothing that entered is left of what it replaces: sums and products
+        restart there, they are never differenced. A run without valid tokens changes no state.
+
+        ctx: in natural order. before: the state that enters, of which only tails are read (see
+        `transition_rounds`); None is the empty one.
+        """
+        raise ValueError(f"{type(self).__name__} offers no transitions")
+
+    def compose(self, first: Transition, then: Transition) -> Transition:
+        """The transition of `first` followed by `then`. Associative."""
+        raise ValueError(f"{type(self).__name__} offers no transitions")
+
+    def advance(self, state: State, transition: Transition) -> State:
+        """The state after the run: what the call on it would have given back."""
+        raise ValueError(f"{type(self).__name__} offers no transitions")
 
     def selection_margin(
         self, x: Float[Array, "B T D"], state: State | None, ctx: Context

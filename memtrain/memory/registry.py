@@ -12,6 +12,7 @@ from flax import nnx
 
 from memtrain.description import BuildContext, Dtypes, LayerDescription
 from memtrain.memory.attention import AttentionConfig
+from memtrain.memory.linear_recurrence import LinearRecurrenceConfig
 from memtrain.memory.product_key import ProductKeyMemoryConfig
 from memtrain.memory.protocol import Memory
 from memtrain.memory.short_conv import ShortConvConfig
@@ -54,3 +55,4 @@ register(
     ProductKeyMemoryConfig(num_slots=64, num_heads=2, top_k=3, key_dim=8, value_dim=12),
 )
 register("short_conv", ShortConvConfig(size=4))
+register("linear_recurrence", LinearRecurrenceConfig(state_dim=12, min_decay=0.2, max_decay=0.95))

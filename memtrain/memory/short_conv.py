@@ -9,7 +9,6 @@ smeared keys; Allen-Zhu 2025, arXiv 2512.17351, on such layers anywhere in the r
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -18,8 +17,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from memtrain.description import BuildContext, LayerDescription, at_least
-from memtrain.memory.protocol import Aux, Context, LeafSpec, Memory, State, token_documents
+from memtrain.memory.protocol import (
+    Aux,
+    Context,
+    LeafSpec,
+    Memory,
+    State,
+    Transition,
+    token_documents,
+)
+from memtrain.memory.tail import join_tails, run_tail
 from memtrain.parallel.halo import halos, has_halos
+from memtrain.parallel.recurrence import over_stretches
 from memtrain_kernels import Layout
 
 
@@ -41,6 +50,9 @@ class ShortConvConfig(LayerDescription):
 
 class ShortConv(Memory):
     """A depthwise causal convolution. Its state is the last `size - 1` inputs of each row."""
+
+    any_layout = True
+    transition_rounds = 1
 
     def __init__(
         self,
@@ -85,15 +97,8 @@ class ShortConv(Memory):
         layout = ctx.layout
         if state is None and has_halos(layout, T, before):
             return self._over_pieces(x, documents, layout), None, Aux()
-        if not layout.is_natural:
-            # Neighbours stand far apart: in natural order, then, and back.
-            natural = dataclasses.replace(
-                ctx,
-                **{n: layout.restore(getattr(ctx, n)) for n in ("positions", "starts", "valid")},
-            )
-            natural = dataclasses.replace(natural, layout=Layout(), begun=None, token_ids=None)
-            y, state, aux = self(layout.restore(x), state, natural)
-            return layout.arrange(y), state, aux
+        if layout.devices > 1:
+            return over_stretches(self, x, state, ctx)
         inputs = jnp.pad(x, ((0, 0), (before, 0), (0, 0)))
         owners = jnp.pad(documents, ((0, 0), (before, 0)), constant_values=-1)
         new_state = None
@@ -123,15 +128,27 @@ class ShortConv(Memory):
 
     def _over_pieces(self, x, documents, layout: Layout) -> Array:
         """Rows that are split over devices: each stretch with the end of the one before it."""
-        size, stretches = self.size - 1, x.shape[0] * layout.devices * layout.pieces
-        halo_x = halos(x, layout, size).reshape(stretches, size, x.shape[2])
-        # Nothing is before the first stretch: no document, that is -1.
-        halo_owner = halos(documents + 1, layout, size).reshape(stretches, size) - 1
-        pieces = x.reshape(stretches, -1, x.shape[2])
-        owners = documents.reshape(stretches, -1)
-        inputs = jnp.concatenate([halo_x, pieces], axis=1)
-        y = self._mix(pieces, inputs, jnp.concatenate([halo_owner, owners], axis=1), owners)
-        return y.reshape(x.shape)
+        size = self.size - 1
+        halo_x, halo_owner = halos(x, layout, size), halos(documents + 1, layout, size) - 1
+        # Stretches keep a dimension of their own: merged with the rows they would lie on no mesh.
+        cut = lambda a: a.reshape(*halo_x.shape[:2], -1, *a.shape[2:])  # noqa: E731
+        pieces, owners = cut(x), cut(documents)
+        inputs = jnp.concatenate([halo_x, pieces], axis=2)
+        before = jnp.concatenate([halo_owner, owners], axis=2)
+        mix = jax.vmap(self._mix, in_axes=1, out_axes=1)
+        return mix(pieces, inputs, before, owners).reshape(x.shape)
+
+    def transition(
+        self, x: Float[Array, "B T D"], ctx: Context, before: State | None
+    ) -> Transition:
+        """The run's tail: in form a state, whose documents are counted from the run's beginning."""
+        return run_tail(x, ctx, self.size - 1)
+
+    def compose(self, first: Transition, then: Transition) -> Transition:
+        return join_tails(first, then)
+
+    def advance(self, state: State, transition: Transition) -> State:
+        return join_tails(state, transition)
 
     def live_state(self, state: State) -> State:
         """Inputs of earlier documents are set to zero: no later token mixes them."""

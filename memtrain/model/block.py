@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from memtrain.description import BuildContext, LayerDescription
+from memtrain.errors import BadInput
 from memtrain.memory.primitives import RMSNorm
 from memtrain.memory.protocol import Aux, Context, Memory
 from memtrain.model.config import Block as BlockConfig
@@ -35,6 +36,11 @@ class Place(nnx.Module):
         if off:
             return x, state, Aux()
         if isinstance(self.layer, Memory):
+            if not (self.layer.any_layout or ctx.layout.is_natural):
+                raise BadInput(
+                    f"mesh.context_layout={ctx.layout.kind}: {type(self.layer).__name__} takes "
+                    "tokens in natural order only; contiguous fits"
+                )
             y, state, aux = self.layer(self.norm(x), state, ctx)
             return constrain_tokens(x + y), state, aux
         return constrain_tokens(x + self.layer(self.norm(x))), state, Aux()

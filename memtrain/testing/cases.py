@@ -78,6 +78,32 @@ def draw_layout(rng: np.random.Generator, length: int) -> Layout:
     return Layout(positions, starts, valid, documents, token_ids)
 
 
+def draw_carried_layout(rng: np.random.Generator, before: int, length: int) -> Layout:
+    """Eight rows of `before + length` tokens, of which the last `length` are one sharded call.
+
+    For calls that are cut into equal stretches: documents that go on from before and fill the call,
+    that begin on the edge of a stretch (of 2, 4 or 8) and inside one, single tokens, whole
+    stretches of padding on either side, a document that begins with the call, an empty row.
+    """
+    if before < 4 or length < 16 or length % 8:
+        raise ValueError(f"before={before}, length={length}: at least 4, and 16 in eights")
+    total, far = before + length, 2**31 - 1 - 4 * (before + length)
+    rest = length - length // 8 - 6
+    rows = [
+        _row(total, 0, [total]),
+        _row(total, 0, [before + length // 4, 3 * length // 4]),
+        _row(total, before + 3, [5, length - 8]),
+        _row(total, 0, [before - 2, 2 + length // 2, 3]),
+        _row(total, 2, [before - 2 + length // 8 + 1, 1, 1, rest], begun_at=far),
+        _row(total, 0, [before, length]),
+        _row(total, 0, [total], gaps=rng),
+        _row(total, total, []),
+    ]
+    positions, starts, valid, documents = (np.stack(column) for column in zip(*rows, strict=True))
+    token_ids = rng.integers(0, 97, (BATCH, total), np.int32)
+    return Layout(positions, starts, valid, documents, token_ids)
+
+
 def _row(
     length: int,
     left: int,

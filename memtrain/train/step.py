@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array
 
-from memtrain.data.batch import Batch
+from memtrain.data.batch import Batch, empty_row
 from memtrain.memory.protocol import Aux, Context
 from memtrain.model.loss import cross_entropy_over_devices, token_losses_over_devices
 from memtrain.model.parameters import Parameters
@@ -162,6 +163,7 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
         in_shardings=(shardings, _batch_shardings(plan)),
         out_shardings=(shardings, replicated(plan.mesh)),
         donate_argnums=0,
+        compiler_options=_compiler_options(plan.mesh),
     )
 
 
@@ -205,6 +207,28 @@ def make_evaluation_step(plan: Plan) -> Callable[[Any, Batch, Any], tuple[dict[s
 def arranged(batch: Batch, plan: Plan) -> Batch:
     """A batch in natural order, its tokens put where the mesh wants them."""
     return Batch(*(constrain_tokens(plan.tokens.layout.arrange(leaf)) for leaf in batch))
+
+
+def abstract_batch(plan: Plan) -> Batch:
+    """Shapes and shardings of what the step reads: to compile it before there is a batch."""
+    config = plan.experiment.train
+    row = empty_row(1)
+    return Batch(
+        *(
+            jax.ShapeDtypeStruct(
+                (config.batch_size, config.seq_len), leaf.dtype, sharding=batch_sharding(plan.mesh)
+            )
+            for leaf in row
+        )  # type: ignore[arg-type]
+    )
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, int] | None:
+    """Where keys and values travel round a ring of GPUs: XLA holds one permute in flight unless it
+    is told otherwise, and the ring's backward has two a hop."""
+    if mesh.devices.flat[0].platform not in ("gpu", "cuda") or mesh.shape["context"] == 1:
+        return None
+    return {"xla_gpu_experimental_parallel_collective_overlap_limit": 2}
 
 
 def _batch_shardings(plan: Plan) -> Any:

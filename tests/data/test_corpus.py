@@ -182,3 +182,17 @@ def test_building_a_pipeline_imports_no_jax(books: str):
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (result.stdout.strip(), result.stderr) == ("False False", "")
+
+
+def test_joined_documents_are_one_text_and_its_end_is_held_out(books: str):
+    corpus = build(books)
+    whole = b"".join(file.read_bytes() for file in sorted(Path(books).iterdir()))
+    sides = {}
+    for side in ("train", "validation"):
+        ids, documents = corpus.split(side, 0.25, joined=True)
+        assert ids.tolist() == [0] and len(documents.begins) == 1
+        sides[side] = documents.tokens[documents.begins[0] : documents.ends[0]].tobytes()
+    assert sides["train"] + sides["validation"] == whole
+    assert len(sides["validation"]) == pytest.approx(0.25 * len(whole), abs=1)
+    ids, documents = corpus.split("validation", 0.0, joined=True)
+    assert not len(ids) and documents.num_tokens == 0

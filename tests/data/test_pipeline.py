@@ -258,3 +258,14 @@ def test_mqar_has_no_text(books: str):
     ):
         with pytest.raises(BadInput, match=r"data\.mqar reads no text"):
             ask()
+
+
+def test_joined_documents_fill_rows_longer_than_any_of_them(books: str):
+    longest = max(file.stat().st_size for file in Path(books).iterdir())
+    config = DataConfig(path=(books,), join_documents=True)
+    pipeline = build_pipeline(config, seq_len=longest + 100, batch_size=1)
+    batch = next(pipeline.batches(0))
+    assert batch.valid.all() and batch.starts.sum() == 1
+    np.testing.assert_array_equal(batch.positions[0], np.arange(longest + 100))
+    apart = build_pipeline(DataConfig(path=(books,)), seq_len=longest + 100, batch_size=1)
+    assert apart.fingerprint() != pipeline.fingerprint()

@@ -13,15 +13,18 @@ from jax.sharding import NamedSharding
 
 from memtrain.description import BuildContext
 from memtrain.memory.attention import Attention, AttentionConfig
+from memtrain.memory.linear_recurrence import LinearRecurrence, LinearRecurrenceConfig
 from memtrain.memory.primitives import Linear
 from memtrain.memory.product_key import ProductKeyMemory, ProductKeyMemoryConfig
-from memtrain.memory.protocol import Aux, LeafSpec, Memory, token_documents
+from memtrain.memory.protocol import Aux, LeafSpec, Memory
 from memtrain.memory.rope import apply_rope
 from memtrain.testing.subject import MakeMemory
+from memtrain_kernels import Layout
 
 
 FULL = AttentionConfig(num_heads=2, head_dim=8)
 WINDOW = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window=5, sink_tokens=2)
+RECURRENCE = LinearRecurrenceConfig(state_dim=12, min_decay=0.2, max_decay=0.95)
 KEYS = ProductKeyMemoryConfig(num_slots=64, num_heads=2, top_k=3, key_dim=8, value_dim=12)
 
 
@@ -244,8 +247,40 @@ class WrongOnAMesh(Attention):
         return y + off, state, aux
 
 
-class HasTransitions(Attention):
-    """Offers what this version of the laws does not check."""
+class DeafTransition(LinearRecurrence):
+    """A transition lets through what entered, though a document begins inside the run."""
 
-    def transition(self, x, ctx):
-        return token_documents(jnp.zeros((x.shape[0],), jnp.int32), ctx)
+    def _begin(self, x, ctx, before):
+        transition, work = super()._begin(x, ctx, before)
+        deaf, _ = super()._begin(x, dataclasses.replace(ctx, starts=ctx.starts & False), before)
+        return {**transition, "kept": deaf["kept"]}, work
+
+
+class CarryForgottenOnAMesh(LinearRecurrence):
+    """A call over devices begins from empty, whatever is carried in."""
+
+    def __call__(self, x, state, ctx):
+        if state is not None and ctx.layout.devices > 1:
+            state = self.init_state(x.shape[0], x.shape[1])
+        return super().__call__(x, state, ctx)
+
+
+class HalosForgotten(LinearRecurrence):
+    """Asked once, where the convolution's tails are known only the second time."""
+
+    transition_rounds = 1  # type: ignore[assignment]
+
+
+class StretchesAsTheyLie(LinearRecurrence):
+    """Takes the order of the devices for the order of the text."""
+
+    def __call__(self, x, state, ctx):
+        layout = Layout("contiguous", ctx.layout.devices)
+        return super().__call__(x, state, dataclasses.replace(ctx, layout=layout, begun=None))
+
+
+class ComposesBackwards(LinearRecurrence):
+    """Composes a transition with what came before it as if it came after."""
+
+    def compose(self, first, then):
+        return super().compose(then, first)

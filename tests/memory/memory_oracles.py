@@ -122,3 +122,21 @@ def short_conv(x: np.ndarray, taps: np.ndarray, documents: np.ndarray) -> np.nda
             if documents[t - i] == documents[t]:
                 y[t] += taps[i] * x[t - i]
     return y
+
+
+def linear_recurrence(
+    x: np.ndarray, parameters: dict[str, np.ndarray], documents: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """One row, x [T, D]; documents [T], negative where invalid. Outputs, and h after the last."""
+    u = short_conv(x, parameters["taps"], documents) if "taps" in parameters else x
+    rate = np.log1p(np.exp(parameters["rate"]))
+    h, document, y = np.zeros(len(rate)), -1, np.zeros_like(x)
+    for t in range(len(x)):
+        if documents[t] < 0:
+            continue
+        if documents[t] != document:
+            h, document = np.zeros(len(rate)), documents[t]
+        a = np.exp(-8 * rate / (1 + np.exp(-(u[t] @ parameters["decay"]))))
+        h = a * h + np.sqrt(1 - a * a) * (u[t] @ parameters["value"])
+        y[t] = (h * silu(x[t] @ parameters["gate"])) @ parameters["output"]
+    return y, h

@@ -226,7 +226,8 @@ def refusal_of_a_big_table() -> str | None:
     return None
 
 
-def mesh_of(topology: str, chips: int) -> Mesh:
+def mesh_of(topology: str, chips: int | None = None) -> Mesh:
+    """One axis over so many chips of a slice; over all of them unless said."""
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     return Mesh(np.array(devices[:chips]), ("context",))
 

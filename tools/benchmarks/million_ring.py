@@ -151,7 +151,11 @@ def one_step(plan: Any, batch: Any) -> tuple[tuple[float, float], float, float, 
     begin = time.perf_counter()
     compiled = step.lower(state, probes, batch).compile()
     compile_seconds = time.perf_counter() - begin
-    print(f"compiled in {compile_seconds:.0f} s", flush=True)
+    temporary = compiled.memory_analysis().temp_size_in_bytes / 2**30
+    print(
+        f"compiled in {compile_seconds:.0f} s: {temporary:.2f} GiB of temporaries on each device",
+        flush=True,
+    )
     begin = time.perf_counter()
     loss, norm, parameters, taps = jax.block_until_ready(compiled(state, probes, batch))
     seconds = time.perf_counter() - begin

@@ -135,7 +135,8 @@ def plan_ring(
         return schedule, False
     right = None if spec.causal else (None, spec.window_right)
     unbounded = make(dataclasses.replace(spec, window=right, sink_tokens=0), by_index)
-    if np.array_equal(schedule.visited(layout.pieces), unbounded.visited(layout.pieces)):
+    same = np.array_equal(schedule.visited(layout.pieces), unbounded.visited(layout.pieces))
+    if same and schedule.tail is None:
         return schedule, False
     # Only of stretches whose documents stand together is it known whose sinks matter further on.
     together = spec.ordered or not segments

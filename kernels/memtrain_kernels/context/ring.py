@@ -28,6 +28,7 @@ from memtrain_kernels.attention.spec import AttentionSpec
 from memtrain_kernels.context.layout import Layout
 from memtrain_kernels.context.members import Members
 from memtrain_kernels.context.schedule import Hop, Schedule, carriers, homecoming, moves
+from memtrain_kernels.target import current_target
 from memtrain_kernels.varying import vary_alike
 
 
@@ -86,7 +87,7 @@ def _ring_forward(q_BTHD, k_BSKD, v_BSKE, tokens: Tokens, ring: Ring):
 
     for chain in ring.schedule.chains:
         if _is_uniform(ring, chain):
-            kv_first = view.permute(kv_BSKX, view.shift(1))
+            arriving = view.permute(kv_BSKX, view.shift(1))
 
             def step(carry, displacement):
                 kv, partial = carry
@@ -95,15 +96,14 @@ def _ring_forward(q_BTHD, k_BSKD, v_BSKE, tokens: Tokens, ring: Ring):
 
             # The last hop has nothing to send.
             rest = jnp.arange(1, len(chain), dtype=jnp.int32)
-            (kv, partial), _ = lax.scan(step, (kv_first, partial), rest)
+            (kv, partial), _ = lax.scan(step, _both(arriving, partial), rest)
             partial = work(kv, None, jnp.int32(len(chain)), partial)
             continue
-        held = carriers(chain, ring.schedule.devices)
-        kv, pieces = kv_BSKX, tuple(range(ring.layout.pieces))
+        arriving = view.send(view.tails(kv_BSKX), chain, 0)
         for at, hop in enumerate(chain):
-            kv = view.select(kv, pieces, hop.pieces)
-            kv = view.permute(kv, moves(chain, ring.schedule.devices, at, held))
-            pieces = hop.pieces
+            kv, partial = _both(arriving, partial)
+            if at + 1 < len(chain):
+                arriving = view.send(kv, chain, at + 1)
             partial = work(kv, hop, hop.displacement, partial)
     o, lse = partial
     return (o, lse), (q_BTHD, k_BSKD, v_BSKE, tokens, o.astype(q_BTHD.dtype), lse)
@@ -116,6 +116,9 @@ def _ring_backward(ring: Ring, residuals, cotangents):
     gradients = backend_module(ring.backend).gradients
     D = k_BSKD.shape[-1]
     rows = do, lse, delta_of(o, lse, do, dlse)
+    # Otherwise the compiler finds that the forward pass made these permutes already, and keeps all
+    # that passed through this device: 1.7 GiB for 15 hops on v5e:4x4, against 0.5.
+    k_BSKD, v_BSKE, rows = _both(k_BSKD, v_BSKE, rows)
     dq, dk, dv = gradients(q_BTHD, k_BSKD, v_BSKE, *view.own(), view.own_spec, *rows)
     home = jnp.concatenate([dk, dv], axis=-1)
     kv_BSKX = jnp.concatenate([k_BSKD, v_BSKE], axis=-1)
@@ -126,9 +129,8 @@ def _ring_backward(ring: Ring, residuals, cotangents):
         return dq + found[0], jnp.concatenate(found[1:], axis=-1)
 
     for chain in ring.schedule.chains:
-        n = ring.schedule.devices
         if _is_uniform(ring, chain):
-            kv = view.permute(kv_BSKX, view.shift(1))
+            kv, dq = _both(view.permute(kv_BSKX, view.shift(1)), dq)
             after = view.permute(kv, view.shift(1))
             dq, collected = work(kv, None, jnp.int32(1), dq)
 
@@ -140,25 +142,21 @@ def _ring_backward(ring: Ring, residuals, cotangents):
                 return (after, arrived + part, dq), None
 
             rest = jnp.arange(2, len(chain), dtype=jnp.int32)
-            (kv, collected, dq), _ = lax.scan(step, (after, collected, dq), rest)
+            (kv, collected, dq), _ = lax.scan(step, _both(after, collected, dq), rest)
             arrived = view.permute(collected, view.shift(1))
             dq, part = work(kv, None, jnp.int32(len(chain)), dq)
             home += view.permute(arrived + part, view.shift(-len(chain)))
             continue
-        held = carriers(chain, n)
-        kv, pieces, collected = kv_BSKX, tuple(range(ring.layout.pieces)), None
+        arriving, collected = view.send(view.tails(kv_BSKX), chain, 0), None
         for at, hop in enumerate(chain):
-            arriving = moves(chain, n, at, held)
-            kv = view.permute(view.select(kv, pieces, hop.pieces), arriving)
-            if collected is not None:
-                # What no longer travels came home; the rest goes on.
-                collected = view.select(collected, pieces, hop.pieces)
-                collected = view.permute(collected, arriving)
+            kv, collected, dq = _both(arriving, collected, dq)
+            if at + 1 < len(chain):
+                arriving = view.send(kv, chain, at + 1)
+            # What no longer travels came home; the rest goes on.
+            arrived = None if collected is None else view.send(collected, chain, at)
             dq, part = work(kv, hop, hop.displacement, dq)
-            collected = part if collected is None else collected + part
-            going = chain[at + 1].pieces if at + 1 < len(chain) else ()
-            home = view.settle(home, collected, chain, at, held, hop.pieces, going)
-            pieces = hop.pieces
+            collected = part if arrived is None else arrived + part
+            home = view.settle(home, collected, chain, at)
     grads = dq, home[..., :D], home[..., D:]
     dq, dk, dv = (g.astype(x.dtype) for g, x in zip(grads, residuals[:3], strict=True))
     none = (x if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in tokens)
@@ -168,10 +166,29 @@ def _ring_backward(ring: Ring, residuals, cotangents):
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
+def _both(*arrays: Any) -> tuple:
+    """The same, none of it before all of it is there.
+
+    A hop's permutes and its kernels so begin and end together, in a loop or out of it. Without it,
+    compilers finish a permute before the kernel that it could hide behind (v5p, v6e: the first), or
+    long after (v5e: the gradients of all hops wait for the end). With it, every permute encloses
+    a kernel on v5p, v6e and v5e up to 16 chips; from 32 on, v5e's are synchronous in every form
+    tried. On GPU the backward pass has two permutes a hop, and XLA must be allowed two in flight:
+    xla_gpu_experimental_parallel_collective_overlap_limit=2. `tools/aot ring`, `ring-hopper`.
+    """
+    return lax.optimization_barrier(arrays)
+
+
+def _max_unrolled() -> int:
+    # XLA on CPU overlaps nothing, and keeps the arrays of hops that are written out: a loop takes
+    # half the memory, and a sixth of the time to compile.
+    return 1 if current_target().platform == "cpu" else MAX_UNROLLED
+
+
 def _is_uniform(ring: Ring, chain: tuple[Hop, ...]) -> bool:
     """Whether the chain is long and every hop is like the one before: a loop then."""
     whole = tuple(range(ring.layout.pieces))
-    return len(chain) > MAX_UNROLLED and all(
+    return len(chain) > _max_unrolled() and all(
         hop.displacement == at + 1 and hop.pieces == whole for at, hop in enumerate(chain)
     )
 
@@ -222,8 +239,9 @@ class _View:
             partly = not all(rows.all() for rows in self._receives.values())
         else:
             whole = tuple(range(self._ring.layout.pieces))
-            kv_pos = self.select(kv_pos, whole, hop.pieces)
-            kv_seg = None if kv_seg is None else self.select(kv_seg, whole, hop.pieces)
+            kv_pos = self.select(self.tails(kv_pos), whole, hop.pieces)
+            if kv_seg is not None:
+                kv_seg = self.select(self.tails(kv_seg), whole, hop.pieces)
             receives = jnp.asarray(self._receives[hop.displacement])
             partly = len(hop.receivers) < n
         q_seg = t.q_seg
@@ -241,11 +259,33 @@ class _View:
         at = [held.index(piece) * length for piece in wanted]
         return jnp.concatenate([lax.slice_in_dim(x, a, a + length, axis=1) for a in at], axis=1)
 
-    def settle(self, home, collected, chain, at, held, pieces, going):
-        """`home` with what of `collected` travels no further."""
+    def tails(self, x: jax.Array) -> jax.Array:
+        """Of a device's own tokens, what may travel: all, or the end of each stretch."""
+        tail, pieces = self._ring.schedule.tail, self._ring.layout.pieces
+        if tail is None:
+            return x
+        stretches = x.reshape(x.shape[0], pieces, -1, *x.shape[2:])
+        ends = stretches[:, :, stretches.shape[2] - tail :]
+        return ends.reshape(x.shape[0], pieces * tail, *x.shape[2:])
+
+    def send(self, x: jax.Array, chain: tuple[Hop, ...], at: int) -> jax.Array:
+        """Of an array that was held at the hop before, what travels to hop `at` of the chain."""
         n = self._ring.schedule.devices
-        d = chain[at].displacement
+        held = chain[at - 1].pieces if at else tuple(range(self._ring.layout.pieces))
+        pairs = moves(chain, n, at, carriers(chain, n))
+        return self.permute(self.select(x, held, chain[at].pieces), pairs)
+
+    def settle(
+        self, home: jax.Array, collected: jax.Array, chain: tuple[Hop, ...], at: int
+    ) -> jax.Array:
+        """`home` with what of `collected` travels no further than hop `at` of the chain."""
+        n, d, pieces = self._ring.schedule.devices, chain[at].displacement, chain[at].pieces
+        going = chain[at + 1].pieces if at + 1 < len(chain) else ()
+        held = carriers(chain, n)
         everything = [(i, (i - d) % n) for i in held[at]]
+        stretch = self._kv_local // self._ring.layout.pieces
+        if not going and collected.shape[1] == self._kv_local:
+            return home + self.permute(collected, everything)
         ending = homecoming(chain, n, at, held)
         for piece in pieces:
             pairs = ending if piece in going else everything
@@ -253,7 +293,7 @@ class _View:
                 continue
             part = self.permute(self.select(collected, pieces, (piece,)), pairs)
             length = part.shape[1]
-            begin = piece * length
+            begin = (piece + 1) * stretch - length
             old = lax.slice_in_dim(home, begin, begin + length, axis=1)
             home = lax.dynamic_update_slice_in_dim(home, old + part, begin, axis=1)
         return home

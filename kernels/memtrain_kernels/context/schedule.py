@@ -34,12 +34,14 @@ class Schedule:
     """The hops after the first, in which every device works on its own keys.
 
     chains: hops in the order of travel, away from home: forward ones, then backward ones.
-    complete: every device meets all keys of all others.
+    complete: every device meets all keys of all others. tail: of every stretch that travels, its
+    last tokens, as many as a window reaches back; None is all of it.
     """
 
     devices: int
     chains: tuple[tuple[Hop, ...], ...]
     complete: bool
+    tail: int | None = None
 
     @property
     def hops(self) -> int:
@@ -82,11 +84,20 @@ def make_schedule(
             for q in q_runs[i]
         )
 
+    trims = by_index and spec.causal and not spec.prefix and layout.kind != "striped"
+    tail = 0 if trims else kv_local
     needed: dict[int, tuple[set[int], set[int]]] = {}
     for d in range(1, n):
         found = [(i, s) for i in range(n) for s in range(pieces) if sees(i, (i - d) % n, s)]
         if found:
             needed[d] = ({s for _, s in found}, {i for i, _ in found})
+        for i, s in found if trims else ():
+            kv = kv_runs[(i - d) % n][s]
+            # Queries of a stretch before this one see nothing of it.
+            first = min(q.start for q in q_runs[i] if q.start > kv[-1])
+            tail = max(
+                tail, kv[-1] + 1 - max(kv.start, math.floor(first - min(high, n * kv_local)))
+            )
     complete = len(needed) == n - 1 and all(len(i) == n for _, i in needed.values())
     forward, backward = _directions(needed, n)
     chains = []
@@ -101,7 +112,8 @@ def make_schedule(
         ]
         if hops:
             chains.append(tuple(hops))
-    return Schedule(n, tuple(chains), complete)
+    shorter = tail < kv_local // pieces
+    return Schedule(n, tuple(chains), complete, tail if shorter else None)
 
 
 def _differences(spec: AttentionSpec) -> tuple[float, float]:

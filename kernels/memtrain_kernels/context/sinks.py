@@ -61,9 +61,17 @@ def gather_sinks(
 
     k, v = take(k_BSKD), take(v_BSKE)
     pos, seg = (x.reshape(B, pieces * per_piece) for x in (pos, seg))
-    k, v, pos, seg = (members.gather(x) for x in (k, v, pos, seg))  # [ranks, B, ...]
-    met = jnp.asarray(schedule.visited(pieces))[members.rank()]  # [ranks, pieces]
-    seg = jnp.where(jnp.repeat(met, per_piece, axis=1)[:, None], -1, seg)
+    index = index.reshape(B, pieces * per_piece)
+    # [ranks, B, ...]
+    k, v, pos, seg, index = (members.gather(x) for x in (k, v, pos, seg, index))
+    rank = members.rank()
+    met = jnp.asarray(schedule.visited(pieces))[rank]  # [ranks, pieces]
+    met = jnp.repeat(met, per_piece, axis=1)[:, None]
+    if schedule.tail is not None:
+        # Of others' stretches only the end was met.
+        own = jnp.arange(members.ranks)[:, None, None] == rank
+        met = met & (own | (index >= parts[1] - schedule.tail))
+    seg = jnp.where(met, -1, seg)
 
     def flat(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, 1)

@@ -74,7 +74,7 @@ def ring_work(
         for at, (hop, held) in enumerate(zip(chain, carriers(chain, n), strict=True)):
             step = hop.displacement - (chain[at - 1].displacement if at else 0)
             for i in held:
-                sent[(i - step) % n] += piece * len(hop.pieces)
+                sent[(i - step) % n] += (schedule.tail or piece) * len(hop.pieces)
     ideal = _live(spec, pos, seg, block_q, block_kv).sum() / n
     return RingWork(tuple(map(int, tiles)), float(ideal), schedule.hops, tuple(sent))
 
@@ -83,11 +83,7 @@ def _live(
     spec: AttentionSpec, pos: np.ndarray, seg: np.ndarray, block_q: int, block_kv: int
 ) -> np.ndarray:
     """Which tiles of [tokens / block_q, tokens / block_kv] hold a visible pair."""
-    q, kv = (
-        summarise(
-            *(pad_tokens(jnp.asarray(x)[None], 1, b, fill=f) for x, f in ((pos, 0), (seg, -1))), b
-        )
-        for b in (block_q, block_kv)
-    )
+    tokens = jnp.asarray(pos)[None], jnp.asarray(seg)[None]
+    q, kv = (summarise(*tokens, block) for block in (block_q, block_kv))
     q, kv = Summary(*(x[0, :, None] for x in q)), Summary(*(x[0, None, :] for x in kv))
     return np.asarray(live_tiles(spec, q, kv))

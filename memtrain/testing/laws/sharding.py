@@ -7,44 +7,55 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
 
-from memtrain.parallel.config import MeshConfig
-from memtrain.parallel.mesh import mesh_of
-from memtrain.parallel.sharding import sharding_for, state_shardings
+from memtrain.parallel.sharding import kernels_over
+from memtrain.parallel.tokens import TokenSharding
 from memtrain.testing.bench import Bench
 from memtrain.testing.cases import BATCH, halves
+from memtrain.testing.placing import (
+    DEVICES,
+    MeshSizes,
+    Placing,
+    described,
+    factorisations,
+    mesh_of_sizes,
+    too_few_devices,
+)
 from memtrain.testing.report import Outcome
 from memtrain.testing.subject import Subject
 from memtrain.testing.tolerances import Judge
+from memtrain_kernels import Layout
 
 
-COVERING = ((8, 1), (4, 2), (2, 4), (1, 8), (2, 1), (1, 2))
-"""(data, fsdp): every axis alone and both together, all devices and a part of them."""
-
-ALL = tuple((d, f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8)
+COVERING: tuple[MeshSizes, ...] = (
+    (2, 2, 2, 1),
+    (2, 2, 1, 2),
+    (2, 1, 2, 2),
+    (1, 2, 2, 2),
+    (1, 1, 8, 1),
+    (1, 1, 1, 4),
+)
+"""(data, fsdp, context, tensor): every three axes together, so every pair; the tokens over all
+devices; a part of the devices."""
 
 
 def check(bench: Bench) -> Outcome:
     judge = Judge("sharding")
-    devices = len(jax.devices())
-    meshes = [m for m in (ALL if bench.slow else COVERING) if m[0] * m[1] <= devices]
-    if devices < 8:
-        judge.outcome.status = "not checked"
-        judge.outcome.notes.append(
-            f"{devices} devices: the law needs 8, for instance by "
-            "jax.config.update('jax_num_cpu_devices', 8) before JAX starts"
-        )
+    if too_few_devices(judge.outcome):
         return judge.outcome
+    meshes = sorted({*COVERING, *factorisations(DEVICES)}) if bench.slow else COVERING
     subject = bench.subject()
     program, arguments = _program(subject), _arguments(subject)
     want = program(*arguments)
-    valid = subject.layout.valid[:, halves(bench.length)[0] :]
-    for data, fsdp in meshes:
-        mesh = mesh_of(MeshConfig(data=data, fsdp=fsdp))
-        case = f"mesh data={data} x fsdp={fsdp}"
-        outputs, state, gradients = program(*_placed(subject, arguments, mesh))
+    length = halves(bench.length)[1]
+    valid = subject.layout.valid[:, -length:]
+    for sizes in meshes:
+        # Parts of rows that do not divide stay whole.
+        context = sizes[2] if length % sizes[2] == 0 else 1
+        place = Placing(mesh_of_sizes(sizes), Layout("contiguous", context))
+        case = f"mesh {described(sizes)}"
+        with kernels_over(place.mesh, TokenSharding(place.layout)):
+            outputs, state, gradients = program(*_placed(subject, arguments, place))
         # Padding's outputs are nobody's: they need not even be the same twice.
         judge.close(case, outputs, want[0], where=valid)
         judge.close(case + ", final state", subject.live(state), subject.live(want[1]))
@@ -78,23 +89,15 @@ def _arguments(subject: Subject) -> tuple:
     return subject.memory, x[:, first:], subject.tables, state, ctx, w[:, first:]
 
 
-def _placed(subject: Subject, arguments: tuple, mesh: Mesh) -> tuple:
-    """The arguments as a run on this mesh holds them, by the one table of rules."""
+def _placed(subject: Subject, arguments: tuple, place: Placing) -> tuple:
+    """The arguments as a run on this mesh holds them."""
     memory, x, tables, state, ctx, w = arguments
-    put = lambda axes, leaf: jax.device_put(leaf, sharding_for(axes, mesh, leaf.shape))  # noqa: E731
-    rows = lambda leaf: put(("batch",) + (None,) * (leaf.ndim - 1), leaf)  # noqa: E731
     spec = subject.memory.state_spec(BATCH, subject.capacity)
-    state = jax.device_put(state, state_shardings(spec, mesh))
-    tables = {name: put(("slots", "value_dim"), table) for name, table in tables.items()}
-    return _placed_module(memory, put), rows(x), tables, state, jax.tree.map(rows, ctx), rows(w)
-
-
-def _placed_module(memory: Any, put: Any) -> Any:
-    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
-    variables, structure = jax.tree.flatten(memory, is_leaf=is_variable)
-    placed = []
-    for variable in variables:
-        leaf = variable[...]
-        axes = variable.get_metadata().get("logical_axes") or (None,) * leaf.ndim
-        placed.append(variable.replace(put(axes, leaf)))
-    return jax.tree.unflatten(structure, placed)
+    return (
+        place.module(memory),
+        place.tokens(x),
+        place.tables(tables),
+        place.state(spec, state),
+        place.context(ctx),
+        place.tokens(w),
+    )
