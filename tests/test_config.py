@@ -390,6 +390,9 @@ def test_operational_fields_are_these():
     assert operational == {
         "data.prefetch",
         "mesh.context",
+        "mesh.context_layout",
+        "mesh.context_strategy",
+        "mesh.context_ulysses",
         "mesh.data",
         "mesh.fsdp",
         "mesh.tensor",

@@ -63,8 +63,8 @@ def test_a_recipe_loads_and_describes_its_model(name: str):
     assert experiment.train.batch_size % (experiment.mesh.data * experiment.mesh.fsdp) == 0
     leaves = jax.tree.leaves(abstract_model(experiment.model, experiment.model.vocab_size or BYTES))
     assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
-    dim = experiment.model.dim
-    assert (BYTES, dim) in {leaf.shape for leaf in leaves}
+    vocabulary = experiment.model.vocab_size or BYTES
+    assert (vocabulary, experiment.model.dim) in {leaf.shape for leaf in leaves}
     assert memory_names(experiment.model)
 
 
