@@ -6,7 +6,6 @@ tokens of device 0, then those of device 1. Each device holds as many, in increa
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -128,34 +127,31 @@ class Layout:
         return Layout(self.kind, self.devices // size, stripe)
 
     def join(self, x: jax.Array, size: int, axis: int = 1) -> jax.Array:
-        """The tokens of `size` neighbours, one after the other, put in increasing order."""
-        return x if size == 1 else _permuted(x, _join_order(self, size, x.shape[axis]), axis)
+        """The tokens of `size` neighbours, one device's after the other's, in increasing order.
+
+        Reshapes and reversals alone: the gradient of a gather would add up by scattering.
+        """
+        if size == 1 or self.kind == "contiguous":
+            return x
+        axis %= x.ndim
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        if self.kind == "striped":
+            parts = x.reshape(*before, size, -1, self.stripe, *after)
+            return parts.swapaxes(axis, axis + 1).reshape(x.shape)
+        # Early stretches in the order of the devices, late ones in the reverse.
+        parts = x.reshape(*before, size, 2, -1, *after)
+        early, late = (jax.lax.index_in_dim(parts, s, axis + 1, keepdims=False) for s in (0, 1))
+        return jnp.concatenate([early, jnp.flip(late, axis)], axis=axis).reshape(x.shape)
 
     def part(self, x: jax.Array, size: int, axis: int = 1) -> jax.Array:
         """The inverse of `join`."""
-        if size == 1:
+        if size == 1 or self.kind == "contiguous":
             return x
-        return _permuted(x, np.argsort(_join_order(self, size, x.shape[axis])), axis)
-
-
-@functools.cache
-def _join_order(layout: Layout, size: int, total: int) -> np.ndarray:
-    """The same for every group: devices keep their order within each stretch."""
-    local = total // size
-    natural = np.concatenate([layout.indices(rank, local) for rank in range(size)])
-    return np.argsort(natural)
-
-
-def _permuted(x: jax.Array, order: np.ndarray, axis: int) -> jax.Array:
-    """x in another order along `axis`: slices, where the order is a few runs; else a gather."""
-    starts = np.flatnonzero(np.diff(order, prepend=order[0] - 2) != 1)
-    if len(starts) == 1:
-        return x
-    if len(starts) > 64:
-        return jnp.take(x, order, axis=axis)
-    ends = np.append(starts[1:], len(order))
-    pieces = [
-        jax.lax.slice_in_dim(x, int(order[a]), int(order[a]) + int(b - a), axis=axis)
-        for a, b in zip(starts, ends, strict=True)
-    ]
-    return jnp.concatenate(pieces, axis=axis)
+        axis %= x.ndim
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        if self.kind == "striped":
+            parts = x.reshape(*before, -1, size, self.stripe, *after)
+            return parts.swapaxes(axis, axis + 1).reshape(x.shape)
+        parts = x.reshape(*before, 2, size, -1, *after)
+        early, late = (jax.lax.index_in_dim(parts, s, axis, keepdims=False) for s in (0, 1))
+        return jnp.stack([early, jnp.flip(late, axis)], axis=axis + 1).reshape(x.shape)
