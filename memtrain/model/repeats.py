@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from memtrain.memory.primitives import MATMUL
 from memtrain.memory.protocol import Context
@@ -25,6 +26,35 @@ _POLICIES = {
 
 def _rematerialised(function: Callable, policy: str) -> Callable:
     return function if policy == "none" else jax.checkpoint(function, policy=_POLICIES[policy])
+
+
+@jax.custom_vjp
+def _in_turn(leaves: list[Any]) -> list[Any]:
+    """The same arrays. Backward, no gradient of them goes on before all of them are there.
+
+    Around a block's parameters and its input: compilers else put off the products that make the
+    gradients of parameters, and keep what these read, block after block.
+    """
+    return leaves
+
+
+def _in_turn_forward(leaves):
+    # What is frozen waits for nothing, so that its gradient is never made.
+    return [leaf.value for leaf in leaves], [() if leaf.perturbed else None for leaf in leaves]
+
+
+def _in_turn_backward(moving, cotangents):
+    waits = [
+        m is not None and not isinstance(ct, SymbolicZero)
+        for m, ct in zip(moving, cotangents, strict=True)
+    ]
+    there = iter(
+        jax.lax.optimization_barrier([ct for w, ct in zip(waits, cotangents, strict=True) if w])
+    )
+    return ([next(there) if w else None for w in waits],)
+
+
+_in_turn.defvjp(_in_turn_forward, _in_turn_backward, symbolic_zeros=True)
 
 
 def unstack(tree: Any, count: int) -> list[Any]:
@@ -72,7 +102,13 @@ def run_scanned(
 ) -> tuple[jax.Array, list[Any] | None, list[Any]]:
     """A scan over the repeats; one repeat runs the whole pattern. See `LanguageModel.__call__`."""
     width = len(blocks)
-    run = _rematerialised(lambda layer, x, before, ctx: layer(x, before, ctx), remat)
+
+    def one(layer: Block, x: jax.Array, before: Any, ctx: Context):
+        leaves, structure = jax.tree.flatten((layer, x))
+        layer, x = jax.tree.unflatten(structure, _in_turn(leaves))
+        return layer(x, before, ctx)
+
+    run = _rematerialised(one, remat)
 
     def body(carry, xs):
         x, states = carry

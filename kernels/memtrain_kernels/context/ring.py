@@ -81,9 +81,12 @@ def _ring_forward(q_BTHD, k_BSKD, v_BSKE, tokens: Tokens, ring: Ring):
     partial = attend(q_BTHD, k_BSKD, v_BSKE, *view.own(), view.own_spec)
     kv_BSKX = jnp.concatenate([k_BSKD, v_BSKE], axis=-1)
 
-    def work(kv, hop: Hop | None, displacement, partial):
+    def work(kv, hop: Hop | None, displacement, partial, arriving=None):
         part = attend(q_BTHD, kv[..., :D], kv[..., D:], *view.at(hop, displacement), view.spec)
-        return merge(partial, part)
+        # What comes in is to hide behind the kernel: where heads are many, compilers find the merge
+        # long enough for it, and send when the kernel is done.
+        part, arriving = _both(part, arriving)
+        return merge(partial, part), arriving
 
     for chain in ring.schedule.chains:
         if _is_uniform(ring, chain):
@@ -92,19 +95,19 @@ def _ring_forward(q_BTHD, k_BSKD, v_BSKE, tokens: Tokens, ring: Ring):
             def step(carry, displacement):
                 kv, partial = carry
                 after = view.permute(kv, view.shift(1))
-                return (after, work(kv, None, displacement, partial)), None
+                partial, after = work(kv, None, displacement, partial, after)
+                return (after, partial), None
 
             # The last hop has nothing to send.
             rest = jnp.arange(1, len(chain), dtype=jnp.int32)
             (kv, partial), _ = lax.scan(step, _both(arriving, partial), rest)
-            partial = work(kv, None, jnp.int32(len(chain)), partial)
+            partial, _ = work(kv, None, jnp.int32(len(chain)), partial)
             continue
         arriving = view.send(view.tails(kv_BSKX), chain, 0)
         for at, hop in enumerate(chain):
             kv, partial = _both(arriving, partial)
-            if at + 1 < len(chain):
-                arriving = view.send(kv, chain, at + 1)
-            partial = work(kv, hop, hop.displacement, partial)
+            arriving = view.send(kv, chain, at + 1) if at + 1 < len(chain) else None
+            partial, arriving = work(kv, hop, hop.displacement, partial, arriving)
     o, lse = partial
     return (o, lse), (q_BTHD, k_BSKD, v_BSKE, tokens, o.astype(q_BTHD.dtype), lse)
 
