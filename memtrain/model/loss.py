@@ -52,7 +52,7 @@ def cross_entropy_sum(
     hidden: Float[Array, "B T D"],
     unembedding: Float[Array, "V D"],
     targets: Int[Array | np.ndarray, "B T"],
-    weights: Float[Array, "B T"],
+    weights: Float[Array | np.ndarray, "B T"],
     chunk_tokens: int = 2048,
     matmul: str = "float32",
     vocab_axis: str | None = None,
@@ -147,7 +147,7 @@ def cross_entropy_over_devices(
     hidden: Float[Array, "B T D"],
     unembedding: Float[Array, "V D"],
     targets: Int[Array | np.ndarray, "B T"],
-    weights: Float[Array, "B T"],
+    weights: Float[Array | np.ndarray, "B T"],
     chunk_tokens: int = 2048,
     matmul: str = "float32",
 ) -> Float[Array, ""]:

@@ -206,7 +206,9 @@ def make_evaluation_step(plan: Plan) -> Callable[[Any, Batch, Any], tuple[dict[s
 
 def arranged(batch: Batch, plan: Plan) -> Batch:
     """A batch in natural order, its tokens put where the mesh wants them."""
-    return Batch(*(constrain_tokens(plan.tokens.layout.arrange(leaf)) for leaf in batch))
+    leaves: Any = batch
+    arranged: Any = [constrain_tokens(plan.tokens.layout.arrange(leaf)) for leaf in leaves]
+    return Batch(*arranged)
 
 
 def abstract_batch(plan: Plan) -> Batch:
