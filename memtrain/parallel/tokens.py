@@ -33,11 +33,10 @@ class TokenSharding:
             kind = "zigzag" if whole and mesh.context > 1 else "contiguous"
         layout = Layout(kind, mesh.context)
         if seq_len % layout.multiple:
-            below = seq_len // layout.multiple * layout.multiple
-            near = f"{below} or {below + layout.multiple}" if below else f"{layout.multiple}"
             raise BadInput(
                 f"train.seq_len={seq_len} cannot be split over mesh.context={mesh.context}: the "
-                f"{kind} layout takes multiples of {layout.multiple}; nearest {near}"
+                f"{kind} layout takes multiples of {layout.multiple}; "
+                f"nearest {layout.nearest(seq_len)}"
             )
         if mesh.context_ulysses is not None and mesh.context_strategy != "usp":
             raise BadInput(

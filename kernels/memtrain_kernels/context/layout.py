@@ -46,6 +46,8 @@ class Layout:
     @property
     def multiple(self) -> int:
         """What the sequence's length must be a multiple of."""
+        if self.devices == 1:
+            return 1
         return self.devices * (self.stripe if self.kind == "striped" else self.pieces)
 
     @property
@@ -56,12 +58,15 @@ class Layout:
     def check(self, length: int, what: str = "sequence") -> None:
         """Raises ValueError for a length that cannot be split, naming the nearest that can."""
         if length % self.multiple:
-            below = length // self.multiple * self.multiple
-            near = f"{below} or {below + self.multiple}" if below else f"{self.multiple}"
             raise ValueError(
                 f"{what} of {length} tokens: the {self.kind} layout over {self.devices} devices "
-                f"takes multiples of {self.multiple}; nearest {near}"
+                f"takes multiples of {self.multiple}; nearest {self.nearest(length)}"
             )
+
+    def nearest(self, length: int) -> str:
+        """The lengths next to this one that can be split, in words."""
+        below = length // self.multiple * self.multiple
+        return f"{below} or {below + self.multiple}" if below else f"{self.multiple}"
 
     def arrange(self, x: Tokens, axis: int = 1) -> Tokens:
         """From natural to device order along `axis`."""

@@ -141,6 +141,11 @@ def test_groups_of_devices_lie_as_one_device(kind):
             np.testing.assert_array_equal(layout.part(joined, size), members)
 
 
+def test_one_device_takes_any_length():
+    for kind in ("contiguous", "zigzag", "striped"):
+        Layout(kind, 1).check(1001)
+
+
 def test_lengths_that_cannot_be_split_name_the_nearest():
     with pytest.raises(ValueError, match="1000 tokens: the zigzag layout over 8 devices takes mul"):
         Layout("zigzag", 8).check(1000)

@@ -12,7 +12,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from memtrain_kernels.attention.delta import delta_of
 from memtrain_kernels.attention.hopper.plan import (
@@ -29,6 +28,7 @@ from memtrain_kernels.attention.hopper.plan import (
 )
 from memtrain_kernels.attention.hopper.tile import LOG2E
 from memtrain_kernels.attention.spec import AttentionSpec
+from memtrain_kernels.varying import vary_alike
 
 
 Engine = Literal["kernels", "twins"]
@@ -51,7 +51,7 @@ def attend_by(
     T, S = q_BTHD.shape[1], k_BSKD.shape[1]
     tokens = make_tokens(T, S, q_pos, kv_pos, q_seg, kv_seg)
     plan = make_plan(q_BTHD, k_BSKD, tokens.q_pos.shape[0], spec)
-    q, k, v, *tokens = _vary_alike(pad(q_BTHD), pad(k_BSKD), pad(v_BSKD), *tokens)
+    q, k, v, *tokens = vary_alike(pad(q_BTHD), pad(k_BSKD), pad(v_BSKD), *tokens)
     o_BTHD, lse_BHT = _attend(q, k, v, Tokens(*tokens), plan, engine)
     return o_BTHD[:, :T].astype(jnp.float32), lse_BHT[:, :, :T].transpose(0, 2, 1)
 
@@ -79,7 +79,7 @@ def gradients_by(
     lse_BHT = pad(lse_BTH.transpose(0, 2, 1), fill=-jnp.inf, axis=2)
     delta_BHT = pad(delta_BTH.transpose(0, 2, 1), axis=2)
     rows = pad(do_BTHD.astype(q_BTHD.dtype)), lse_BHT, delta_BHT
-    arrays = _vary_alike(pad(q_BTHD), pad(k_BSKD), pad(v_BSKD), *rows, *tokens)
+    arrays = vary_alike(pad(q_BTHD), pad(k_BSKD), pad(v_BSKD), *rows, *tokens)
     found = _gradients(*arrays[:3], Tokens(*arrays[6:]), *arrays[3:6], plan, engine)
     return tuple(  # pyright: ignore[reportReturnType]
         x[:, :length].astype(jnp.float32) for x, length in zip(found, (T, S, S), strict=True)
@@ -101,17 +101,6 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, engine
         )
 
 
-def _vary_alike(*arrays: jax.Array) -> list[jax.Array]:
-    """Inside shard_map: operands and results vary over the same mesh axes, though a kernel says
-    nothing of how its results do."""
-    varying = [frozenset(jax.typeof(x).manual_axis_type.varying) for x in arrays]
-    axes = frozenset().union(*varying)
-    return [
-        lax.pcast(x, tuple(sorted(axes - own)), to="varying") if axes - own else x
-        for x, own in zip(arrays, varying, strict=True)
-    ]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q, k, v, tokens: Tokens, plan: Plan, engine: Engine):
     return _attend_forward(q, k, v, tokens, plan, engine)[0]
@@ -121,7 +110,7 @@ def _attend_forward(q_BTHD, k_BSKD, v_BSKD, tokens: Tokens, plan: Plan, engine: 
     blocks = FORWARD[plan.D]
     tables = tables_of_queries(plan, blocks, tokens)
     results = _engine(engine).forward(plan, blocks, q_BTHD, k_BSKD, v_BSKD, tables)
-    _, o_BTHD, lse_BHT = _vary_alike(q_BTHD, *results)
+    _, o_BTHD, lse_BHT = vary_alike(q_BTHD, *results)
     return (o_BTHD, lse_BHT), (q_BTHD, k_BSKD, v_BSKD, tokens, o_BTHD, lse_BHT)
 
 
@@ -147,7 +136,7 @@ def _gradients(
     module = _engine(engine)
     dq = module.dq(plan, DQ[plan.D], *arrays, tables_of_queries(plan, DQ[plan.D], tokens))
     dk, dv = module.dkv(plan, DKV[plan.D], *arrays, tables_of_keys(plan, DKV[plan.D], tokens))
-    return tuple(_vary_alike(q_BTHD, dq, dk, dv)[1:])
+    return tuple(vary_alike(q_BTHD, dq, dk, dv)[1:])
 
 
 @_gradients.defjvp
