@@ -23,12 +23,15 @@ _BLOCK = 128
 _BLOCK_SHORT = 64
 _BLOCK_LONG = 256
 _BLOCK_VERY_LONG = 512
-# A tenth slower than 256, but XLA on CPU keeps 5 KB for every matrix product of a program until it
-# ends: 35 MB a second in small tiles, and such a call takes minutes.
+# Slower than smaller ones by a tenth each, but XLA on CPU keeps 5 KB for every batched matrix
+# product of more than 256 rows until the program ends, and such a call takes minutes: a ring over a
+# million tokens would keep 25 GiB in tiles of 1,024.
 _BLOCK_HUGE = 1024
+_BLOCK_HUGEST = 2048
 _LONG = 1024
 _VERY_LONG = 4096
 _HUGE = 65_536
+_HUGEST = 131_072
 # One tile of this many scores a head and row is cheaper than several: decoding, prefill chunks.
 _ONE_TILE = 128 * 2048
 # Tiles beyond this many are looped over: the program's size must not grow with the sequence.
@@ -123,7 +126,7 @@ def make_plan(
     if T == 1 or (T <= _BLOCK and T * S <= _ONE_TILE):
         return plan(T, S)
     if max(T, S) >= _HUGE and spec.window is None:
-        block = _BLOCK_HUGE
+        block = _BLOCK_HUGEST if max(T, S) >= _HUGEST else _BLOCK_HUGE
     elif max(T, S) >= _VERY_LONG and by_default and not data and spec.window is None:
         block = _BLOCK_VERY_LONG  # documents and windows leave tiles half empty: they want less
     elif max(T, S) > _LONG:
