@@ -29,7 +29,8 @@ class MeshConfig:
     context_strategy: ContextStrategy = "auto"
     """How attention reaches the tokens of other devices: keys and values travel round a "ring",
     heads are exchanged for tokens ("ulysses", DeepSpeed), both together ("usp"), or every device
-    gathers all keys and values ("all_gather"). "auto" is the ring."""
+    gathers all keys and values ("all_gather"). "auto" is the ring; "usp" where the machine cannot
+    hide a ring's permutes (TPU v5e from 32 chips on) and a layer attends to the whole document."""
     context_layout: ContextLayout = "auto"
     """Which tokens a device holds: one stretch ("contiguous"), one early and one late stretch
     ("zigzag", which balances causal attention), or every n-th token ("striped"). "auto" is zigzag

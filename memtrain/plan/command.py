@@ -14,7 +14,7 @@ from memtrain.model.flops import Flops
 from memtrain.plan.compile import check_compiler, compile_train_step
 from memtrain.plan.fit import longest_context, smallest_change
 from memtrain.plan.layers import Kind, kinds_of_layers
-from memtrain.plan.layout import attention_layers, hops_of, tokens_of
+from memtrain.plan.layout import attention_layers, hops_of, on_device, tokens_of
 from memtrain.plan.memory import MemoryEstimate, estimate_memory
 from memtrain.plan.plot import draw
 from memtrain.plan.roofline import ASSUMED, StepTime, predict
@@ -36,8 +36,11 @@ def plan(
     `exit_code` is 2, with the reason in `error`, where the plan does not fit the target's memory.
     Raises BadInput for a mesh, a sequence or heads that cannot be split, and a missing compiler.
     """
+    why = ""
     if sweep is None:
         _check(experiment, target)
+        if target is not None:
+            experiment, why = on_device(experiment, target.device.device_kind)
     else:
         # Each point is checked before the first is estimated.
         for point in sweep.points:
@@ -49,6 +52,8 @@ def plan(
     vocab = vocab_size_of(experiment)
     estimate = _Estimate(experiment, target, vocab)
     result = estimate.as_dict()
+    if result["context"] is not None:
+        result["context"]["why"] = why
     if compiles and target is not None:
         result["compiled"] = _compiled(experiment, target, vocab, estimate.memory.total)
     if target is not None:
@@ -246,6 +251,8 @@ def _swept(
 ) -> dict[str, Any]:
     rows = []
     for value, point in zip(sweep.values, sweep.points, strict=True):
+        if target is not None:
+            point, _ = on_device(point, target.device.device_kind)
         vocab = vocab_size_of(point)
         estimate = _Estimate(point, target, vocab)
         told = estimate.as_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from memtrain.config import Experiment
@@ -10,7 +11,7 @@ from memtrain.memory.attention import AttentionConfig
 from memtrain.memory.product_key import ProductKeyMemoryConfig
 from memtrain.model.config import ModelConfig
 from memtrain.model.language_model import full_pattern
-from memtrain.parallel.tokens import TokenSharding
+from memtrain.parallel.tokens import TokenSharding, strategy_of
 from memtrain_kernels import AttentionSpec
 from memtrain_kernels.context import Layout, plan_ring, ulysses_degree
 
@@ -48,6 +49,16 @@ def tokens_of(experiment: Experiment) -> TokenSharding:
     """
     layers = [layer for _, _, layer in layers_of(experiment.model)]
     return TokenSharding.of(experiment.mesh, layers, experiment.train.seq_len)
+
+
+def on_device(experiment: Experiment, device_kind: str) -> tuple[Experiment, str]:
+    """The experiment with the strategy that such devices get under "auto", and why, in words."""
+    layers = [layer for _, _, layer in layers_of(experiment.model)]
+    strategy, why = strategy_of(experiment.mesh, layers, device_kind)
+    if not why:
+        return experiment, why
+    mesh = dataclasses.replace(experiment.mesh, context_strategy=strategy)
+    return dataclasses.replace(experiment, mesh=mesh), why
 
 
 def ulysses_of(layer: AttentionConfig, experiment: Experiment) -> int:

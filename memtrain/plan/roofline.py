@@ -10,16 +10,15 @@ import dataclasses
 
 from memtrain.config import Experiment
 from memtrain.model.flops import Flops
+from memtrain.parallel.links import permutes_wait
 from memtrain.plan.devices import Device
 from memtrain.plan.layout import attention_layers, tokens_of
 from memtrain.plan.memory import MemoryEstimate
-from memtrain.plan.traffic import Transfer, memory_traffic, transfers
+from memtrain.plan.traffic import CONTEXT, Transfer, memory_traffic, transfers
 
 
 ASSUMED = {"matmul": 0.7, "attention": 0.5, "memory": 0.3, "main memory": 0.8, "links": 0.8}
 """Shares of the peak."""
-_SYNCHRONOUS = ("v5e", 32)
-"""From this many chips on, a ring's permutes wait for the kernels on this kind (docs/plan.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +84,8 @@ def predict(
 
 
 def _overlaps(transfer: Transfer, experiment: Experiment, device: Device) -> bool:
-    kind, chips = _SYNCHRONOUS
-    waits = device.kind == kind and experiment.mesh.num_devices >= chips
-    if transfer.name == "keys and values over context" and waits:
-        return False
-    return transfer.overlaps
+    waits = permutes_wait(device.device_kind, experiment.mesh.num_devices)
+    return transfer.overlaps and not (transfer.name == CONTEXT and waits)
 
 
 def _imbalance(experiment: Experiment) -> float:

@@ -24,7 +24,7 @@ def as_lines(result: dict[str, Any], *, shardings: bool = False) -> str:
         hops = ", ".join(f"{hops} in {layers} layers" for hops, layers in counts.items())
         shown["context"] = (
             f"{context['layout']} layout, {context['strategy']}; permutes of one repeat, forward: "
-            f"{hops or 'none'}"
+            f"{hops or 'none'}" + (f"; {context['why']}" if context["why"] else "")
         )
     shown["parameters"] = f"{result['num_parameters']:,}"
     flops = result["flops_per_token"]

@@ -14,6 +14,9 @@ from memtrain.plan.layout import attention_layers, hops_of, lookups, ulysses_of
 from memtrain.plan.memory import MemoryEstimate
 
 
+CONTEXT = "keys and values over context"
+
+
 @dataclasses.dataclass(frozen=True)
 class Transfer:
     """Bytes that leave a device in one step. overlaps: while the device computes."""
@@ -51,7 +54,7 @@ def transfers(experiment: Experiment, memory: MemoryEstimate, vocab_size: int) -
             2.0 * wide * 2 * places * config.repeats * (mesh.tensor - 1) / mesh.tensor,
             overlaps=False,
         ),
-        Transfer("keys and values over context", _context_bytes(experiment, tokens)),
+        Transfer(CONTEXT, _context_bytes(experiment, tokens)),
         Transfer("table lookups", _lookup_bytes(experiment, memory, tokens), overlaps=False),
     ]
     return [transfer for transfer in found if transfer.bytes]

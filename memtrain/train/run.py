@@ -111,6 +111,8 @@ def _train_one(
     if "fingerprint" in (run := records.read_run(run_dir)):
         check_fingerprint(run["fingerprint"], fingerprint)
     plan = Plan.of(experiment, _vocab_size(experiment, pipeline), mesh)
+    if plan.tokens.why:
+        say(plan.tokens.why)
     source = None
     if config.init_from is not None and not has_checkpoints(run_dir / records.CHECKPOINTS):
         source = open_source(config.init_from, plan)

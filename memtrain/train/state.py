@@ -70,7 +70,9 @@ class Plan:
             for layer in (block.mixer, block.ffn)
             if layer is not None
         ]
-        tokens = TokenSharding.of(experiment.mesh, layers, experiment.train.seq_len)
+        # A plan's mesh may have no devices.
+        kind = mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else ""
+        tokens = TokenSharding.of(experiment.mesh, layers, experiment.train.seq_len, kind)
         plan = cls(experiment, skeleton, mesh, optimizer, groups, tokens)
         if experiment.train.carry != "none":
             plan.carry_spec()

@@ -61,6 +61,25 @@ def test_for_people_it_is_a_table(capsys: pytest.CaptureFixture[str]):
     assert "(-, fsdp+context, -)" in out
 
 
+def test_on_a_large_v5e_slice_it_takes_another_strategy_and_says_so(
+    capsys: pytest.CaptureFixture[str],
+):
+    arguments = ["--target", "v5e:4x8", "--no-compile"]
+    arguments += ["--set", "mesh.context=32", "train.seq_len=65536"]
+    assert main(["plan", f"{RECIPES}:small", *arguments]) == 0
+    out, _ = capsys.readouterr()
+    assert "zigzag layout, usp" in out
+    assert "on 32 x TPU v5 lite a ring's permutes wait for the arithmetic" in out
+    _, usp, _ = planned(capsys, f"{RECIPES}:small", *arguments)
+    _, ring, _ = planned(capsys, f"{RECIPES}:small", *arguments, "mesh.context_strategy=ring")
+    # Two key heads: groups of two, and half of the ring's 31 hops.
+    assert usp["context"]["hops"]["model.pattern.1"] == 15
+    assert ring["context"]["hops"]["model.pattern.1"] == 31
+    traffic = [shown["step"]["links"]["keys and values over context"] for shown in (usp, ring)]
+    assert traffic[0] < 0.65 * traffic[1]
+    assert usp["step"]["exposed"] < ring["step"]["exposed"]
+
+
 def test_what_does_not_fit_is_told_in_full_with_what_would(capsys: pytest.CaptureFixture[str]):
     arguments = ["--target", "v5e:2x4", "--no-compile", "--set", "mesh.data=8"]
     code, told, _ = planned(capsys, f"{RECIPES}:large", *arguments)

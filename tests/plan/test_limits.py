@@ -5,7 +5,9 @@ import pytest
 from memtrain.config import Experiment
 from memtrain.errors import BadInput
 from memtrain.layers import Attention, Block, ModelConfig, ProductKeyMemory
+from memtrain.memory.attention import AttentionConfig
 from memtrain.parallel.config import MeshConfig
+from memtrain.parallel.tokens import TokenSharding
 from memtrain.plan.layout import hops_of, tokens_of
 from memtrain.plan.target import check_mesh, parse_target
 from memtrain.train.config import TrainConfig
@@ -120,3 +122,28 @@ def test_hops_of_a_window_on_many_devices_are_those_on_few():
 
 def test_blocks_without_attention_need_no_hops():
     tokens_of(experiment(Block(ffn=ProductKeyMemory(num_slots=16, top_k=2)), context=8))
+
+
+V5E = "TPU v5 lite"
+
+
+@pytest.mark.parametrize(
+    ("layer", "mesh", "kind", "strategy"),
+    [
+        (Attention(num_heads=8), MeshConfig(context=32), V5E, "usp"),
+        (Attention(num_heads=8), MeshConfig(fsdp=4, context=8), V5E, "usp"),
+        (Attention(num_heads=8), MeshConfig(context=16), V5E, "ring"),
+        (Attention(num_heads=8), MeshConfig(context=512), "TPU v5", "ring"),
+        (Attention(num_heads=8), MeshConfig(fsdp=64), V5E, "ring"),
+        # A window's few hops cost less than an exchange of all heads.
+        (Attention(num_heads=8, window=100), MeshConfig(context=32), V5E, "ring"),
+        # What is asked for is done.
+        (Attention(num_heads=8), MeshConfig(context=32, context_strategy="ring"), V5E, "ring"),
+    ],
+)
+def test_where_a_ring_cannot_hide_heads_are_exchanged(
+    layer: AttentionConfig, mesh: MeshConfig, kind: str, strategy: str
+):
+    found = TokenSharding.of(mesh, [layer], 64 * mesh.context, kind)
+    assert found.strategy == strategy
+    assert ("mesh.context_strategy=usp" in found.why) == (strategy == "usp")
