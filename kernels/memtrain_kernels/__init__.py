@@ -17,7 +17,9 @@ from memtrain_kernels.decode import paged_attention, quantize_pages
 from memtrain_kernels.lookup import (
     NO_ROW,
     GatherCost,
+    KeyedValues,
     RowGradients,
+    TopKAttention,
     gather_costs,
     memory_topk,
     merge_row_gradients,
@@ -27,6 +29,7 @@ from memtrain_kernels.lookup import (
     sharded_memory_topk,
     sharded_weighted_gather,
     tables_over,
+    topk_attention,
     weighted_gather,
     weighted_gather_row_gradients,
 )
@@ -40,8 +43,10 @@ __all__ = [
     "AttentionSpec",
     "Explanation",
     "GatherCost",
+    "KeyedValues",
     "Layout",
     "RowGradients",
+    "TopKAttention",
     "attention",
     "backend_counts",
     "capabilities",
@@ -63,6 +68,7 @@ __all__ = [
     "sharded_memory_topk",
     "sharded_weighted_gather",
     "tables_over",
+    "topk_attention",
     "weighted_gather",
     "weighted_gather_row_gradients",
 ]

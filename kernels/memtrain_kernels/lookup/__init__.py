@@ -25,4 +25,7 @@ from memtrain_kernels.lookup.sharded_gather import (
     sharded_weighted_gather as sharded_weighted_gather,
 )
 from memtrain_kernels.lookup.sharded_topk import sharded_memory_topk as sharded_memory_topk
+from memtrain_kernels.lookup.topk_attention import KeyedValues as KeyedValues
+from memtrain_kernels.lookup.topk_attention import TopKAttention as TopKAttention
+from memtrain_kernels.lookup.topk_attention import topk_attention as topk_attention
 from memtrain_kernels.lookup.weighted_gather import weighted_gather as weighted_gather

@@ -27,12 +27,14 @@ class Keys(NamedTuple):
 class Order(NamedTuple):
     """The keys by (segment, position), then slot: all that a query sees, it sees by position.
 
+    Blocks that lie together as they are given, which is all of them or all but one where the keys
+    ascend or are a ring that goes on, are read in place; the rest is gathered.
+
     A set of keys that is given in another order is thereby searched in the same one, block by
     block: its scores and its ties come out the same, to the bit.
     """
 
     slots: jax.Array  # int32 [N or 1, S]
-    is_as_given: jax.Array  # bool: nothing has to be gathered
 
 
 class Lane(NamedTuple):
@@ -60,14 +62,25 @@ def order_keys(positions: jax.Array, segments: jax.Array | None) -> Order:
     if segments is None:
         segments = jnp.zeros((1, 1), jnp.int32)
     segments, positions = jnp.broadcast_arrays(segments, positions)
+    S = positions.shape[1]
     slots = vary_as(lax.broadcasted_iota(jnp.int32, positions.shape, 1), positions)
-    s0, s1, p0, p1 = segments[:, :-1], segments[:, 1:], positions[:, :-1], positions[:, 1:]
-    is_as_given = jnp.all((s0 < s1) | ((s0 == s1) & (p0 <= p1)))
+    s0, p0 = segments, positions
+    s1, p1 = (jnp.roll(x, -1, axis=1) for x in (s0, p0))
+    falls = (s0 > s1) | ((s0 == s1) & (p0 > p1))
+    # From the last key to the first there is a fall, unless a ring goes on there, without a tie.
+    goes_on = (s0 < s1) | ((s0 == s1) & (p0 < p1))
+    falls = jnp.where(slots == S - 1, ~goes_on, falls)
+    # Keys in order fall at their end; a ring that is written on and on, where its oldest key is.
+    is_ring = jnp.all(jnp.sum(falls, axis=1) <= 1)
+
+    def turned() -> jax.Array:
+        first = jnp.argmax(falls, axis=1).astype(jnp.int32)[:, None] + 1
+        return (slots + first) % S
 
     def sort() -> jax.Array:
         return lax.sort((segments, positions, slots), num_keys=2, is_stable=True)[2]
 
-    return Order(lax.cond(is_as_given, lambda: slots, sort), is_as_given)
+    return Order(lax.cond(is_ring, turned, sort))
 
 
 def cut(
@@ -75,7 +88,7 @@ def cut(
 ) -> Block:
     """The keys of ranks start .. start + length - 1, of all batches and heads or of one lane."""
 
-    def given(x: jax.Array) -> jax.Array:
+    def given(x: jax.Array, start: int | jax.Array = start) -> jax.Array:
         if lane is not None:
             starts, sizes = [lane.row_of(x), start], [1, length]
             if x.ndim == 3:
@@ -103,10 +116,12 @@ def cut(
         if order is None:
             return given(x)
         slots_NC = given(order.slots)
+        first = slots_NC[0, 0]
+        together = jnp.all(slots_NC == first + jnp.arange(length, dtype=jnp.int32))
         as_gathered = jax.eval_shape(gathered, x, slots_NC).shape
         return lax.cond(
-            order.is_as_given,
-            lambda: jnp.broadcast_to(given(x), as_gathered),
+            together,
+            lambda: jnp.broadcast_to(given(x, first), as_gathered),
             lambda: gathered(x, slots_NC),
         )
 

@@ -49,7 +49,8 @@ def memory_topk(
 
     Ties go to the lower kv position (then, at equal positions, to the lower index): a key set
     given in another order, with its positions, gives the same scores and the same keys, to the
-    bit. Keys whose positions are not ascending are sorted at every call (O(S log S)).
+    bit. Keys whose (segment, position) do not ascend, from the first on or round a ring from some
+    key on, are sorted at every call (O(S log S)).
     A NaN score counts, and comes back, as +inf; a score of -inf counts as not seen.
 
     key_scales: for int8 and float8 (e4m3fn, e5m2) keys, which need them: [B or 1, S, Hkv] (plain:
