@@ -6,6 +6,7 @@ In a recipe a layer's name means its description; `build` makes the module.
 """
 
 from memtrain.memory.attention import AttentionConfig as Attention
+from memtrain.memory.bank import BankMemoryConfig as BankMemory
 from memtrain.memory.linear_recurrence import LinearRecurrenceConfig as LinearRecurrence
 from memtrain.memory.product_key import ProductKeyMemoryConfig as ProductKeyMemory
 from memtrain.memory.short_conv import ShortConvConfig as ShortConv
@@ -21,6 +22,7 @@ def Window(window: int, **more) -> Attention:
 
 
 register(Attention, "Attention")
+register(BankMemory, "BankMemory")
 register(LinearRecurrence, "LinearRecurrence")
 register(ProductKeyMemory, "ProductKeyMemory")
 register(ShortConv, "ShortConv")

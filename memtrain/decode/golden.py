@@ -30,6 +30,9 @@ GREEDY_MARGIN = 2e-4
 MAX_MEAN_KL = 1e-3
 """Mean KL divergence in nats from the float32 training path, for lower precisions."""
 
+_LONG_BANK = 4096
+"""Tokens beyond which the check goes round a ring once, not twice."""
+
 TOLERANCE = {
     "float32": {"max_difference": MAX_DIFFERENCE, "greedy_margin": GREEDY_MARGIN},
     "bfloat16": {"mean_kl": MAX_MEAN_KL},
@@ -79,11 +82,9 @@ class Golden:
 
 
 def longest_window(config: ModelConfig) -> int:
-    """Positions of the longest window in the model; 1 where there is none."""
+    """Positions of the longest window or bank in the model; 1 where there is none."""
     layers = [layer for block in full_pattern(config) for layer in (block.mixer, block.ffn)]
-    windows = [
-        la.window + la.sink_tokens for la in layers if isinstance(la, AttentionConfig) and la.window
-    ]
+    windows = [layer.ring_tokens or 1 for layer in layers if isinstance(layer, AttentionConfig)]
     return max(windows, default=1)
 
 
@@ -92,11 +93,11 @@ def golden_prompts(
 ) -> tuple[Int[np.ndarray, "2 T"], Bool[np.ndarray, "2 T"]]:
     """(tokens, starts): a text, and random ids with a second document in the row.
 
-    Both go on past twice the longest window, so that every ring has wrapped; the second document
-    begins while the rings are full of the first.
+    Both go on past twice the longest window, so that every ring has wrapped (past a bank of many
+    thousands once); the second document begins while the rings are full of the first.
     """
     window = longest_window(config)
-    length = max(2 * window + 33, 96)
+    length = max(window + min(window, _LONG_BANK) + 33, 96)
     ids = np.frombuffer(_TEXT.encode(), np.uint8) if tokenizer is None else tokenizer.encode(_TEXT)
     text = np.resize(ids, length) % vocab_size
     noise = np.random.default_rng(20_240_607).integers(0, vocab_size, length)

@@ -27,6 +27,7 @@ from memtrain.memory.protocol import (
     running_count,
     token_documents,
 )
+from memtrain.memory.ring import in_order, ring_slots, write_tokens
 from memtrain.memory.rope import apply_rope
 from memtrain.memory.short_conv import ShortConv, ShortConvConfig
 from memtrain.parallel.config import MeshConfig
@@ -86,6 +87,11 @@ class AttentionConfig(LayerDescription):
     @property
     def sees_whole_document(self) -> bool:
         return self.window is None
+
+    @property
+    def ring_tokens(self) -> int | None:
+        """Tokens after which its caches go round; None where they keep all."""
+        return None if self.window is None else self.window + self.sink_tokens
 
     def check_mesh(self, mesh: MeshConfig) -> None:
         if mesh.context == 1 or mesh.context_strategy not in ("ulysses", "usp"):
@@ -192,54 +198,68 @@ class Attention(Memory):
         self, x: Float[Array, "B T D"], state: State | None, ctx: Context
     ) -> tuple[Float[Array, "B T D"], State | None, Aux]:
         B, T, _ = x.shape
+        q, k, v, tail = self._heads(x, state, ctx)
+        y, new_state = self._remember(q, k, v, state, ctx)
+        if new_state is not None and tail is not None:
+            new_state["key_conv"] = tail
+        return self.output(y.reshape(B, T, -1)), new_state, Aux()
+
+    def _heads(self, x, state: State | None, ctx: Context) -> tuple[Array, Array, Array, Any]:
+        """Queries [B, T, H, D], keys and values [B, T, Hkv, D] as they are projected, and the
+        convolution's tail."""
+        B, T, _ = x.shape
         q = self.query(x).reshape(B, T, self.num_heads, self.head_dim)
         k = self.key(x)
         tail = None
         if self.config.key_conv is not None:
             k, tail, _ = self.key_conv(k, None if state is None else state["key_conv"], ctx)
         k = k.reshape(B, T, self.num_kv_heads, self.head_dim)
-        v = self.value(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        return q, k, self.value(x).reshape(k.shape), tail
+
+    def _remember(
+        self, q, k, v, state: State | None, ctx: Context, **options: Any
+    ) -> tuple[Any, dict[str, Any] | None]:
+        """What attention gives, with these options, and the cache after the call."""
+        B = q.shape[0]
         if self.config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.config.rope_theta is not None:
             q = apply_rope(q, ctx.positions, self.config.rope_theta)
             k = apply_rope(k, ctx.positions, self.config.rope_theta)
-
         if state is None:
             documents, _ = token_documents(jnp.zeros((B,), jnp.int32), ctx)
             spec = dataclasses.replace(self.spec, ordered=True)
-            y = self._attend(q, k, v, ctx.positions, documents, documents, ctx.positions, spec)
-            new_state = None
+            tokens = ctx.positions, documents, documents, ctx.positions
+            return self._attend(q, k, v, *tokens, spec, **options), None
+
+        documents, current = token_documents(state["current_document"], ctx)
+        y = None
+        if self.config.window is None:
+            new_state = self._append(state, k, v, documents, ctx)
+            seen = new_state
         else:
-            documents, current = token_documents(state["current_document"], ctx)
-            y = None
-            if self.config.window is None:
-                new_state = self._append(state, k, v, documents, ctx)
-                seen = new_state
-            else:
-                new_state = self._write_ring(state, k, v, documents, current, ctx)
-                if ctx.layout.devices > 1:
-                    y = self._attend_after(state, q, k, v, documents, ctx)
-                seen = self._seen_by_chunk(state, k, v, documents, ctx)
-            new_state["current_document"] = current
-            if tail is not None:
-                new_state["key_conv"] = tail
-            if y is None:
-                y = self._attend(
-                    q,
-                    seen["key"].astype(q.dtype),
-                    seen["value"].astype(q.dtype),
-                    ctx.positions,
-                    documents,
-                    seen["document"],
-                    seen["position"],
-                    self.spec,
-                )
-        return self.output(y.reshape(B, T, -1)), new_state, Aux()
+            new_state = self._write_ring(state, k, v, documents, current, ctx)
+            if ctx.layout.devices > 1:
+                y = self._attend_after(state, q, k, v, documents, ctx, **options)
+            seen = self._seen_by_chunk(state, k, v, documents, ctx)
+        new_state["current_document"] = current
+        if y is None:
+            y = self._attend(
+                q,
+                seen["key"].astype(q.dtype),
+                seen["value"].astype(q.dtype),
+                ctx.positions,
+                documents,
+                seen["document"],
+                seen["position"],
+                self.spec,
+                **options,
+            )
+        return y, new_state
 
     def _attend(
         self, q, k, v, q_positions, q_documents, kv_documents, kv_positions, spec, **options
-    ):
+    ) -> Any:
         return attention(
             q,
             k,
@@ -253,7 +273,7 @@ class Attention(Memory):
             **options,
         )
 
-    def _attend_after(self, state: State, q, k, v, documents, ctx: Context) -> Array:
+    def _attend_after(self, state: State, q, k, v, documents, ctx: Context, **options: Any) -> Any:
         """A chunk whose tokens are sharded: the carried keys first, as a prior, then the chunk.
 
         The chunk by itself is in order, so that its ring sends what its window needs and no more.
@@ -276,7 +296,16 @@ class Attention(Memory):
         dtype = state["key"].dtype
         k, v = (x.astype(dtype).astype(q.dtype) for x in (k, v))
         return self._attend(
-            q, k, v, ctx.positions, documents, documents, ctx.positions, spec, prior=prior
+            q,
+            k,
+            v,
+            ctx.positions,
+            documents,
+            documents,
+            ctx.positions,
+            spec,
+            prior=prior,
+            **options,
         )
 
     def _append(self, state: State, k, v, documents, ctx: Context) -> State:
@@ -287,9 +316,8 @@ class Attention(Memory):
         length = state["length"] + jnp.max(rank, axis=1) + 1
         # Written once, and only then read: XLA would fuse a single token's write into each reader,
         # which then holds a copy of the cache.
-        written = jax.lax.optimization_barrier(
-            _write(state, "", slot, k, v, ctx.positions, documents)
-        )
+        tokens = {"key": k, "value": v, "position": ctx.positions, "document": documents}
+        written = jax.lax.optimization_barrier(write_tokens(state, "", slot, tokens))
         return {**written, "length": length, "overflow": state["overflow"] | (length > slots)}
 
     def _seen_by_chunk(self, state: State, k, v, documents, ctx: Context) -> dict[str, Array]:
@@ -309,25 +337,17 @@ class Attention(Memory):
         """
         ring, sinks = state["key"].shape[1], self.config.sink_tokens
         is_sink = ctx.valid & (ctx.positions < sinks)
-        in_ring = ctx.valid & ~is_sink
-        rank = running_count(in_ring, ctx) - 1
-        count = jnp.max(rank, axis=1, keepdims=True) + 1
-        arrival = state["length"][:, None] + rank
-        # A ring shorter than the window exists only where the capacity is: then nothing may wrap.
-        short = ring < (self.config.window or 0)
-        # Of tokens that share a slot only the newest is written: a scatter has no order.
-        kept = in_ring & ((arrival < ring) if short else (rank >= count - ring))
-        slot = jnp.where(kept, arrival % ring, ring)
-        out = _write(state, "", slot, k, v, ctx.positions, documents)
+        wanted = self.config.window or 0
+        slot, length, full = ring_slots(ctx.valid & ~is_sink, state["length"], ring, wanted, ctx)
+        tokens = {"key": k, "value": v, "position": ctx.positions, "document": documents}
+        out = write_tokens(state, "", slot, tokens)
         if sinks:
             mine = is_sink & (documents == current[:, None])
             slot = jnp.where(mine, ctx.positions, sinks)
-            out = _write(out, "sink_", slot, k, v, ctx.positions, documents)
+            out = write_tokens(out, "sink_", slot, tokens)
             alive = out["sink_document"] == current[:, None]
             out["sink_document"] = jnp.where(alive, out["sink_document"], -1)
-        length = state["length"] + count[:, 0]
-        overflow = state["overflow"] | (length > ring) if short else state["overflow"]
-        return {**out, "length": length, "overflow": overflow}
+        return {**out, "length": length, "overflow": state["overflow"] | full}
 
     def live_state(self, state: State) -> State:
         """Slots outside the current document are set to zero; the rest are sorted by position."""
@@ -336,15 +356,9 @@ class Attention(Memory):
             out["key_conv"] = self.key_conv.live_state(state["key_conv"])
         current = state["current_document"][:, None]
         for prefix in ("sink_", "") if self.config.sink_tokens else ("",):
-            document, position = state[prefix + "document"], state[prefix + "position"]
+            document = state[prefix + "document"]
             live = (document == current) & (document >= 0)
-            order = jnp.argsort(jnp.where(live, position, 2**31 - 1), axis=1)
-            for name in ("key", "value", "position", "document"):
-                leaf = state[prefix + name]
-                mask = live.reshape(live.shape + (1,) * (leaf.ndim - 2))
-                leaf = jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
-                index = order.reshape(order.shape + (1,) * (leaf.ndim - 2))
-                out[prefix + name] = jnp.take_along_axis(leaf, index, axis=1)
+            out |= in_order(state, prefix, ("key", "value", "position", "document"), live)
         return out
 
     def rollback(self, state: State, tokens: int) -> State:
@@ -370,15 +384,3 @@ class Attention(Memory):
             "overflow": state["overflow"],
             "current_document": jnp.where(length > 0, first[:, 0], 0),
         }
-
-
-def _write(state: State, prefix: str, slot, k, v, position, document) -> State:
-    """Scatters tokens to their slots in each row; a slot past the end drops its token."""
-    out = dict(state)
-    new = {"key": k, "value": v, "position": position, "document": document}
-    for name, leaf in new.items():
-        old = state[prefix + name]
-        out[prefix + name] = jax.vmap(lambda o, s, n: o.at[s].set(n, mode="drop"))(
-            old, slot, leaf.astype(old.dtype)
-        )
-    return out

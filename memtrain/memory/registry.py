@@ -12,6 +12,7 @@ from flax import nnx
 
 from memtrain.description import BuildContext, Dtypes, LayerDescription
 from memtrain.memory.attention import AttentionConfig
+from memtrain.memory.bank import BankMemoryConfig
 from memtrain.memory.linear_recurrence import LinearRecurrenceConfig
 from memtrain.memory.product_key import ProductKeyMemoryConfig
 from memtrain.memory.protocol import Memory
@@ -48,6 +49,23 @@ register(
         qk_norm=False,
         key_conv=3,
         induction_init=True,
+    ),
+)
+register(
+    "bank",
+    BankMemoryConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=3, bank_size=7, top_k=3),
+)
+register(
+    "bank_softmax",
+    BankMemoryConfig(
+        num_heads=2,
+        head_dim=8,
+        window=2,
+        bank_size=8,
+        top_k=4,
+        join="softmax",
+        gradient_tokens=4,
+        sink_tokens=1,
     ),
 )
 register(

@@ -14,6 +14,7 @@ from flax import nnx
 from memtrain.description import BuildContext, LayerDescription
 from memtrain.errors import BadInput
 from memtrain.memory.attention import AttentionConfig
+from memtrain.memory.bank import BankMemoryConfig
 from memtrain.memory.protocol import Memory
 from memtrain.model.block import PLACES
 from memtrain.model.config import ModelConfig
@@ -21,8 +22,8 @@ from memtrain.model.language_model import full_pattern
 
 
 def layer_label(layer: LayerDescription) -> str:
-    """`attention`, `window`, or the type in snake case without "Config" and "Memory"."""
-    if isinstance(layer, AttentionConfig):
+    """`attention`, `window`, `bank`, or the type in snake case without "Config" and "Memory"."""
+    if isinstance(layer, AttentionConfig) and not isinstance(layer, BankMemoryConfig):
         return "attention" if layer.window is None else "window"
     name = type(layer).__name__.removesuffix("Config").removesuffix("Memory")
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name or type(layer).__name__).lower()

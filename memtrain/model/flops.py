@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 
 from memtrain.memory.attention import Attention
+from memtrain.memory.bank import BankMemory
 from memtrain.memory.product_key import ProductKeyMemory
 from memtrain.model.language_model import LanguageModel
 
@@ -29,7 +30,7 @@ class Flops:
     attention: float
     """Scores and weighted values."""
     memory: float
-    """Scores and weighted values of key-value tables."""
+    """Scores and weighted values of key-value tables and banks."""
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(
@@ -69,7 +70,12 @@ def layer_flops(layer: nnx.Module, seq_len: int) -> Flops:
     repeats = matrices[0].shape[0] if matrices else 1
     if isinstance(layer, Attention):
         seen = _mean_visible(layer.config.window, layer.config.sink_tokens, seq_len)
-        attention = 4.0 * seen * layer.num_heads * layer.head_dim * repeats
+        width = layer.num_heads * layer.head_dim * repeats
+        attention = 4.0 * seen * width
+        if isinstance(layer, BankMemory):
+            local = _mean_visible(layer.config.window, 0, seq_len)
+            searched = _mean_visible(layer.bank.slots, 0, seq_len) - local
+            memory = (2.0 * searched + 2.0 * min(searched, layer.bank.top_k)) * width
     elif isinstance(layer, ProductKeyMemory):
         c = layer.config
         scores = 2.0 * c.num_heads * layer.half_slots * c.key_dim

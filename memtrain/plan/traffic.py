@@ -8,6 +8,7 @@ import math
 import jax.numpy as jnp
 
 from memtrain.config import Experiment
+from memtrain.memory.bank import BankMemoryConfig
 from memtrain.model.language_model import full_pattern
 from memtrain.parallel.sharding import mesh_axes
 from memtrain.plan.layout import attention_layers, hops_of, lookups, ulysses_of
@@ -55,6 +56,7 @@ def transfers(experiment: Experiment, memory: MemoryEstimate, vocab_size: int) -
             overlaps=False,
         ),
         Transfer(CONTEXT, _context_bytes(experiment, tokens)),
+        Transfer("bank lookups", _bank_bytes(experiment, tokens), overlaps=False),
         Transfer("table lookups", _lookup_bytes(experiment, memory, tokens), overlaps=False),
     ]
     return [transfer for transfer in found if transfer.bytes]
@@ -84,6 +86,23 @@ def _context_bytes(experiment: Experiment, tokens: int) -> float:
             # Queries and outputs, keys and values, forward; and the gradients of all, backward.
             exchanged = tokens * head_dim * 2 * (heads + kv_heads) * (ways - 1) / ways
             total += 2 * exchanged * item
+    return total * config.repeats
+
+
+def _bank_bytes(experiment: Experiment, tokens: int) -> float:
+    """Queries that go round all devices with what they found; what was picked is sent for, and its
+    gradient again."""
+    config, mesh = experiment.model, experiment.mesh
+    if mesh.context == 1:
+        return 0.0
+    total = 0.0
+    for _, layer in attention_layers(config):
+        if isinstance(layer, BankMemoryConfig):
+            head_dim = layer.head_dim or config.dim // layer.num_heads
+            heads = math.ceil(layer.num_heads / mesh.tensor)
+            visit = 4 * head_dim + 12 * layer.top_k
+            asked = 8 * layer.top_k + 4 * head_dim
+            total += tokens * heads * (mesh.context * visit + 2 * asked)
     return total * config.repeats
 
 

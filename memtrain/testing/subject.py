@@ -80,7 +80,11 @@ class Subject:
             near = (margin > 0) & (margin < least)
             if not near.any():
                 return inputs
-            x[near] = rng.normal(size=(int(near.sum()), self.dim))
+            # A token's margin hangs on those before it: the first of each row is drawn again.
+            rows = np.flatnonzero(near.any(axis=1))
+            first = near[rows].argmax(axis=1)
+            first[(rows == 0) & (first == twin)] = original
+            x[rows, first] = rng.normal(size=(len(rows), self.dim))
         raise ValueError(f"no inputs found whose top-k margins are at least {least}")
 
     def init(self, batch: int = BATCH, capacity: int | None = None) -> State:

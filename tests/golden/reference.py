@@ -55,6 +55,31 @@ def attention(x, p, *, heads, kv_heads, window=None, sinks=0):
     return out.reshape(T, -1) @ p["output.weight"]
 
 
+def bank(x, p, *, heads, kv_heads, window, size, top_k):
+    """Attention to a window, and by a gate to the best keys of those before it."""
+    T = len(x)
+    query, key, value = (x @ p[f"{name}.weight"] for name in ("query", "key", "value"))
+    query, key = query.reshape(T, heads, -1), key.reshape(T, kv_heads, -1)
+    v = value.reshape(T, kv_heads, -1)
+    q, k = rotate(rms(query, p["query_norm.scale"])), rotate(rms(key, p["key_norm.scale"]))
+    unit_q, unit_k = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (query, key))
+    distance = np.arange(T)[:, None] - np.arange(T)[None]
+    near = (distance >= 0) & (distance < window)
+    far = (distance >= window) & (distance < window + size)
+    out = np.zeros_like(q)
+    for h in range(heads):
+        g = h // (heads // kv_heads)
+        local = q[:, h] @ k[:, g].T / np.sqrt(q.shape[-1])
+        out[:, h] = softmax(np.where(near, local, -np.inf)) @ v[:, g]
+        scores = unit_q[:, h] @ unit_k[:, g].T * np.exp(p["log_scale"][h])
+        share = 1 / (1 + np.exp(-p["gate"][h]))
+        for t in range(window, T):
+            seen = np.flatnonzero(far[t])
+            best = seen[np.argsort(-scores[t, seen], kind="stable")[:top_k]]
+            out[t, h] = share * (softmax(scores[t, best]) @ v[best, g]) + (1 - share) * out[t, h]
+    return out.reshape(T, -1) @ p["output.weight"]
+
+
 def swiglu(x, p):
     return (silu(x @ p["gate.weight"]) * (x @ p["input.weight"])) @ p["output.weight"]
 
@@ -76,25 +101,28 @@ def product_key(x, p, table, *, top_k):
     return (y * silu(x @ p["gate.weight"])) @ p["output.weight"]
 
 
-def logits(weights, tokens, *, depth, heads, kv_heads, window, sinks, top_k):
-    """[T, V]. In turn: windowed attention and SwiGLU; a convolution; full attention and the
-    table."""
+def logits(weights, tokens, *, depth, heads, kv_heads, window, sinks, top_k, banked):
+    """[T, V]. In turn: windowed attention and SwiGLU; a convolution; a bank and SwiGLU; full
+    attention and the table."""
     w = {name: np.asarray(a, np.float64) for name, a in weights.items()}
     under = lambda prefix: {  # noqa: E731
         n.removeprefix(prefix): a for n, a in w.items() if n.startswith(prefix)
     }
     x = w["embedding"][tokens] * np.sqrt(w["embedding"].shape[1])
     for i in range(depth):
-        kind = ("window", "convolution", "table")[i % 3]
+        kind = ("window", "convolution", "bank", "table")[i % 4]
         mixer, ffn = under(f"layers.{i}.mixer."), under(f"layers.{i}.ffn.")
         h = rms(x, w[f"layers.{i}.mixer_norm.scale"])
         if kind == "convolution":
             x = x + convolve(h, mixer["taps"])
             continue
         more = {"window": window, "sinks": sinks} if kind == "window" else {}
-        x = x + attention(h, mixer, heads=heads, kv_heads=kv_heads, **more)
+        if kind == "bank":
+            x = x + bank(h, mixer, heads=heads, kv_heads=kv_heads, **banked)
+        else:
+            x = x + attention(h, mixer, heads=heads, kv_heads=kv_heads, **more)
         h = rms(x, w[f"layers.{i}.ffn_norm.scale"])
-        if kind == "window":
+        if kind in ("window", "bank"):
             x = x + swiglu(h, ffn)
         else:
             x = x + product_key(h, ffn, w["tables.memory"], top_k=top_k)

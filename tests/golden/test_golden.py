@@ -120,16 +120,17 @@ def test_decoding_reproduces_the_float64_reference(golden):
     weights = {}
     for file in sorted(path.glob("*.safetensors")):
         weights |= load_file(file)
-    window = experiment.model.pattern[0]
+    window, _, bank, _ = experiment.model.pattern
     expected = _reference().logits(
         weights,
         tokens,
-        depth=6,
+        depth=8,
         heads=4,
         kv_heads=2,
         window=window.window,
         sinks=window.sink_tokens,
         top_k=4,
+        banked={"window": bank.window, "size": bank.bank_size, "top_k": bank.top_k},
     )
     assert len(tokens) > 3 * window.window
     engine = Engine(artifact, batch=1, capacity=64, chunk=16)

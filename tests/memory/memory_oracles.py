@@ -140,3 +140,67 @@ def linear_recurrence(
         h = a * h + np.sqrt(1 - a * a) * (u[t] @ parameters["value"])
         y[t] = (h * silu(x[t] @ parameters["gate"])) @ parameters["output"]
     return y, h
+
+
+def bank(
+    x: np.ndarray,
+    parameters: dict[str, np.ndarray],
+    positions: np.ndarray,
+    documents: np.ndarray,
+    *,
+    heads: int,
+    kv_heads: int,
+    window: int,
+    bank_size: int,
+    top_k: int,
+    join: str,
+    theta: float = 10_000.0,
+    int8: bool = False,
+) -> tuple[np.ndarray, list[list[list[int]]]]:
+    """One row, x [T, D]: the output, and the positions that each head of each token picked.
+
+    Local keys are normed and rotated, bank keys of unit length as they are projected.
+    """
+    T = len(x)
+    q = (x @ parameters["query"]).reshape(T, heads, -1)
+    k = (x @ parameters["key"]).reshape(T, kv_heads, -1)
+    v = (x @ parameters["value"]).reshape(T, kv_heads, -1)
+    unit = lambda a: a / np.linalg.norm(a, axis=-1, keepdims=True)  # noqa: E731
+    q_bank, k_bank = unit(q), unit(k)
+    if int8:
+        step = np.abs(k_bank).max(axis=-1, keepdims=True) / 127
+        k_bank = np.round(k_bank / step) * step
+    q = rms_normalize(q) * parameters["query_norm"]
+    k = rms_normalize(k) * parameters["key_norm"]
+    q = np.stack([rotate(q[t], int(positions[t]), theta) for t in range(T)])
+    k = np.stack([rotate(k[t], int(positions[t]), theta) for t in range(T)])
+    out, picked = np.zeros((T, x.shape[1])), []
+    for t in range(T):
+        if documents[t] < 0:
+            picked.append([])
+            continue
+        same = [s for s in range(T) if documents[s] == documents[t]]
+        distance = {s: int(positions[t]) - int(positions[s]) for s in same}
+        near = [s for s in same if 0 <= distance[s] < window]
+        far = [s for s in same if window <= distance[s] < window + bank_size]
+        answers, of_token = [], []
+        for h in range(heads):
+            group = h // (heads // kv_heads)
+            local = k[near, group] @ q[t, h] / np.sqrt(q.shape[-1])
+            products = k_bank[far, group] @ q_bank[t, h]
+            best = sorted(range(len(far)), key=lambda i: (-products[i], positions[far[i]]))[:top_k]
+            slots = [far[i] for i in best]
+            scores = products[best] * np.exp(parameters["log_scale"][h])
+            of_token.append([int(positions[s]) for s in slots])
+            if join == "softmax":
+                weights = softmax(np.concatenate([local, scores]))
+                answers.append(weights @ v[near + slots, group])
+                continue
+            answer = softmax(local) @ v[near, group]
+            if slots:
+                share = 1 / (1 + np.exp(-parameters["gate"][h]))
+                answer = share * (softmax(scores) @ v[slots, group]) + (1 - share) * answer
+            answers.append(answer)
+        out[t] = np.concatenate(answers) @ parameters["output"]
+        picked.append(of_token)
+    return out, picked
