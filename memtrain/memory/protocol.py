@@ -150,7 +150,8 @@ class Aux:
     metrics: dict[str, Array] = dataclasses.field(default_factory=dict)
     """Scalars, averaged over calls."""
     reads: dict[str, Array] = dataclasses.field(default_factory=dict)
-    """"slots" int32 [B, T, K] and "weights" float32 [B, T, K], on request."""
+    """What was read, on request, all [B, T, K]: "weights" float32, and int32 "slots" of a table, or
+    "positions" and "documents" of tokens (-1: nothing)."""
 
 
 class Memory(nnx.Module):
