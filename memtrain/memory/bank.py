@@ -57,6 +57,10 @@ class BankMemoryConfig(AttentionConfig):
             raise ValueError("window=None: a bank begins where local attention ends, give a number")
         if self.top_k > self.bank_size:
             raise ValueError(f"top_k={self.top_k}: the bank has bank_size={self.bank_size} slots")
+        if self.soft_cap is not None:
+            raise ValueError(
+                f"soft_cap={self.soft_cap}: a bank's scores are bounded already, leave it out"
+            )
         if self.gradient_tokens > self.bank_size:
             raise ValueError(
                 f"gradient_tokens={self.gradient_tokens}: the bank has bank_size={self.bank_size}"
@@ -90,14 +94,16 @@ class BankMemoryConfig(AttentionConfig):
 
 @dataclass(frozen=True)
 class Visible:
-    """Which keys of its document a query may look up: at distances first .. last - 1."""
+    """Which keys of its document a query may look up: at distances first .. last - 1, and from a
+    position on, as sink tokens are seen by local attention already."""
 
     first: int
     last: int
+    sinks: int = 0
 
     def __call__(self, q_pos: Array, kv_pos: Array, q_seg: Array, kv_seg: Array) -> Array:
         distance = q_pos - kv_pos
-        return (distance >= self.first) & (distance < self.last)
+        return (distance >= self.first) & (distance < self.last) & (kv_pos >= self.sinks)
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ class BankMemory(Attention):
     @property
     def _visible(self) -> Visible:
         window = self.config.window or 0
-        return Visible(window, window + self.bank.bank_size)
+        return Visible(window, window + self.bank.bank_size, self.config.sink_tokens)
 
     def state_spec(self, batch: int, capacity: int) -> dict[str, Any]:
         spec = super().state_spec(batch, capacity)

@@ -176,6 +176,17 @@ def test_gradients_stop_where_they_should(trained):
             assert g[t, d] == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=2e-4)
 
 
+def test_sink_tokens_are_not_looked_up_again():
+    """Local attention sees them wherever it is: a key counts once."""
+    x, ctx, _ = drawn()
+    read = {}
+    for sinks in (0, 2):
+        _, _, aux = call(build(sink_tokens=sinks, bank_size=21), jnp.asarray(x), None, ctx)
+        read[sinks] = set(np.asarray(aux.reads["positions"]).ravel().tolist())
+    assert {0, 1} <= read[0]
+    assert not {0, 1} & read[2] and 2 in read[2]
+
+
 def test_bytes_of_the_bank():
     """65,536 + 512 slots of 8 heads of 128, keys and values in bfloat16: 258 MiB a sequence; keys
     in int8 take half of theirs and a scale."""
@@ -198,6 +209,7 @@ def test_bytes_of_the_bank():
         ({"bank_size": 0}, "bank_size=0"),
         ({"top_k": 10}, "top_k=10: the bank has bank_size=9"),
         ({"window": None}, "a bank begins where local attention ends"),
+        ({"soft_cap": 5.0}, "soft_cap=5.0"),
         ({"gradient_tokens": 10}, "gradient_tokens=10"),
         ({"gradient_tokens": 2, "bank_dtype": "int8"}, "keys in int8 have no gradient"),
     ],
