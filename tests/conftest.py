@@ -24,6 +24,10 @@ def _set_jax_defaults() -> None:
     optimized = os.environ.get("MEMTRAIN_TEST_OPTIMIZED") == "1"
     if not optimized and "xla_backend_optimization_level" not in flags:
         flags = f"{flags} --xla_backend_optimization_level=0"
+    # As memtrain's own commands have it for simulated devices: operations begun beside each other
+    # take all threads, and two collectives that devices enter in different orders never end.
+    if "concurrency_optimized_scheduler" not in flags:
+        flags = f"{flags} --xla_cpu_enable_concurrency_optimized_scheduler=false"
     os.environ["XLA_FLAGS"] = flags.strip()
     # jax writes entries in place, so each worker keeps a folder of its own: a reader never meets
     # half an entry. The host is in the name since compiled code is for one kind of CPU.

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 from memtrain.description import BuildContext, LayerDescription, TableSpec, at_least
 from memtrain.memory.primitives import Linear, rms_normalize
 from memtrain.memory.protocol import Aux, Context, Memory, State
-from memtrain_kernels import partitioned_product_key_topk, partitioned_weighted_gather
+from memtrain.memory.table import read_table
+from memtrain_kernels import partitioned_product_key_topk
 from memtrain_kernels.partition import current_partition
 
 
@@ -192,15 +193,14 @@ class ProductKeyMemory(Memory):
     def __call__(
         self, x: Float[Array, "B T D"], state: State | None, ctx: Context
     ) -> tuple[Float[Array, "B T D"], State | None, Aux]:
-        if self.config.table not in ctx.tables:
-            raise KeyError(f"ctx.tables has no table {self.config.table!r}: has {list(ctx.tables)}")
-        table = ctx.tables[self.config.table]
         weights, slots = self.select(x)
-        y = partitioned_weighted_gather(table, slots, weights).astype(self.dtypes.compute)
-        out = self.output(y * jax.nn.silu(self.gate(x)))
+        y, table_reads = read_table(ctx, self.config.table, slots, weights)
+        out = self.output(y.astype(self.dtypes.compute) * jax.nn.silu(self.gate(x)))
         reads = {"slots": slots, "weights": weights} if ctx.want_reads else {}
-        metrics = self._usage(slots, weights, ctx) if ctx.want_metrics else {}
-        return out, state, Aux(metrics=metrics, reads=reads)
+        # Sums over all slots: not where the table is so large that its gradient is of rows.
+        asked = ctx.want_metrics and not table_reads
+        metrics = self._usage(slots, weights, ctx) if asked else {}
+        return out, state, Aux(metrics=metrics, reads=reads, table_reads=table_reads)
 
     def _usage(self, slots, weights, ctx: Context) -> dict[str, Array]:
         """How the slots are used by the valid tokens of this call.

@@ -97,6 +97,8 @@ class Context:
     valid: real tokens, one contiguous run in each row; the others change nothing.
     token_ids: for memories that hash ids; may be None.
     tables: the shared tables of the model, by name.
+    taps: tables named here are constants, whose reads are reported; to what is read from one, its
+      tap, zeros of the same shape, is added if there is one (see `memtrain.memory.table`).
     begun: how many documents have begun in this call up to each token, itself included, in natural
       order; counted from `starts` where it is None, which a model does once for all its layers.
     layout: the order of the tokens in the arrays, where they are sharded over devices: memories
@@ -108,6 +110,7 @@ class Context:
     valid: Bool[Array, "B T"]
     token_ids: Int[Array, "B T"] | None = None
     tables: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    taps: Mapping[str, Array | None] | None = None
     begun: Int[Array, "B T"] | None = None
     layout: Layout = dataclasses.field(default=Layout(), metadata={"static": True})
     want_metrics: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -142,6 +145,15 @@ class Context:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class TableRead:
+    """The rows of a table that one layer read, and by how much: [B, T, K]; slot -1 is no row."""
+
+    slots: Int[Array, "B T K"]
+    weights: Float[Array, "B T K"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Aux:
     """What a call reports besides its output. Static in structure for a given Context."""
 
@@ -152,6 +164,8 @@ class Aux:
     reads: dict[str, Array] = dataclasses.field(default_factory=dict)
     """What was read, on request, all [B, T, K]: "weights" float32, and int32 "slots" of a table, or
     "positions" and "documents" of tokens (-1: nothing)."""
+    table_reads: dict[str, TableRead] = dataclasses.field(default_factory=dict)
+    """What was read of each table, where `Context.taps` asks."""
 
 
 class Memory(nnx.Module):

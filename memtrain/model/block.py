@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -16,6 +18,9 @@ from memtrain.parallel.sharding import constrain_tokens
 
 
 PLACES = ("mixer", "ffn")
+
+Taps = Mapping[str, Mapping[str, Array | None]]
+"""For each place, the taps of the tables that it reads: see `Context.taps`."""
 
 
 class Place(nnx.Module):
@@ -62,11 +67,18 @@ class Block(nnx.Module):
         return {name: memory for name, memory in found.items() if memory is not None}
 
     def __call__(
-        self, x: Float[Array, "B T D"], state: Any, ctx: Context, off: tuple[str, ...] = ()
+        self,
+        x: Float[Array, "B T D"],
+        state: Any,
+        ctx: Context,
+        off: tuple[str, ...] = (),
+        taps: Taps | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, dict[str, Aux]]:
         """`state` is {place: state of its memory}, or None. `off`: places left out."""
         new_state, aux = {}, {}
         for name, place in self.places().items():
+            if taps is not None:
+                ctx = dataclasses.replace(ctx, taps=taps.get(name, {}))
             before = None if state is None or place.memory is None else state[name]
             x, after, aux[name] = place(x, before, ctx, off=name in off)
             if place.memory is not None:

@@ -16,7 +16,7 @@ from memtrain.description import BuildContext, LayerDescription, TableSpec
 from memtrain.errors import BadInput
 from memtrain.memory.primitives import Linear, RMSNorm
 from memtrain.memory.protocol import Aux, Context, MemoryTable, documents_begun
-from memtrain.model.block import Block
+from memtrain.model.block import Block, Taps
 from memtrain.model.config import Block as BlockConfig
 from memtrain.model.config import ModelConfig
 from memtrain.model.embedding import embed
@@ -66,6 +66,10 @@ class LanguageModel(nnx.Module):
         self.config, self.vocab_size = config, vocab_size
         dim, dtypes = config.dim, config.dtypes
         pattern = full_pattern(config)
+        for block in pattern:
+            for layer in (block.mixer, block.ffn):
+                if layer is not None:
+                    layer.check_vocab(vocab_size)
         context = BuildContext(dim=dim, depth=len(pattern) * config.repeats, dtypes=dtypes)
         draw = dim**-0.5 * jax.random.normal(rngs.params(), (vocab_size, dim), jnp.float32)
         self.embedding = nnx.Param(draw.astype(dtypes.params), logical_axes=("vocab", "embed"))
@@ -130,12 +134,15 @@ class LanguageModel(nnx.Module):
         *,
         layers: Sequence[Block] | None = None,
         without: Sequence[tuple[int, str]] = (),
+        taps: Sequence[Taps] | None = None,
     ) -> tuple[Float[Array, "B T D"], list[dict[str, Any]] | None, AuxByLayer]:
         """Normalised hidden states, the new state, and what every layer reports.
 
         layers: the blocks one by one (`self.layers()`), where they are kept so: a decode step that
           slices stacked parameters copies all of them for every token.
         without: (layer, place) pairs that are left out.
+        taps: for each layer, those of the tables that it reads (`Context.taps`): tables are then
+          constants, and layers report what they read of them.
         """
         ctx = dataclasses.replace(
             ctx,
@@ -147,7 +154,7 @@ class LanguageModel(nnx.Module):
         x = (embed(self.embedding[...], tokens) * self.config.dim**0.5).astype(dtype)
         if layers is not None or without or self._unrolls(tokens.shape[1]):
             layers = layers if layers is not None else self.layers()
-            x, state, aux = run_unrolled(layers, x, state, ctx, without, self.config.remat)
+            x, state, aux = run_unrolled(layers, x, state, ctx, without, self.config.remat, taps)
         else:
             x, state, aux = run_scanned(
                 list(self.blocks),
@@ -157,6 +164,7 @@ class LanguageModel(nnx.Module):
                 self.config.repeats,
                 self.config.scan_unroll or 1,
                 self.config.remat,
+                taps,
             )
         return self.final_norm(x), state, aux
 

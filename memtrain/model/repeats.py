@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from memtrain.memory.primitives import MATMUL
 from memtrain.memory.protocol import Context
-from memtrain.model.block import Block
+from memtrain.model.block import Block, Taps
 
 
 _POLICIES = {
@@ -75,17 +75,19 @@ def run_unrolled(
     ctx: Context,
     without: Sequence[tuple[int, str]],
     remat: str,
+    taps: Sequence[Taps] | None = None,
 ) -> tuple[jax.Array, list[Any] | None, list[Any]]:
     """Every layer in turn. See `LanguageModel.__call__`."""
     new_state, aux = [], []
     for i, layer in enumerate(layers):
         off = tuple(place for index, place in without if index == i)
 
-        def run(layer, x, before, ctx, off=off):
-            return layer(x, before, ctx, off)
+        def run(layer, x, before, ctx, taps, off=off):
+            return layer(x, before, ctx, off, taps)
 
         before = None if state is None else state[i]
-        x, after, layer_aux = _rematerialised(run, remat)(layer, x, before, ctx)
+        own = None if taps is None else taps[i]
+        x, after, layer_aux = _rematerialised(run, remat)(layer, x, before, ctx, own)
         new_state.append(after)
         aux.append(layer_aux)
     return x, None if state is None else new_state, aux
@@ -99,25 +101,26 @@ def run_scanned(
     repeats: int,
     unroll: int,
     remat: str,
+    taps: Sequence[Taps] | None = None,
 ) -> tuple[jax.Array, list[Any] | None, list[Any]]:
     """A scan over the repeats; one repeat runs the whole pattern. See `LanguageModel.__call__`."""
     width = len(blocks)
 
-    def one(layer: Block, x: jax.Array, before: Any, ctx: Context):
+    def one(layer: Block, x: jax.Array, before: Any, ctx: Context, taps: Taps | None):
         leaves, structure = jax.tree.flatten((layer, x))
         layer, x = jax.tree.unflatten(structure, _in_turn(leaves))
-        return layer(x, before, ctx)
+        return layer(x, before, ctx, taps=taps)
 
     run = _rematerialised(one, remat)
 
     def body(carry, xs):
         x, states = carry
-        repeat, layers = xs
+        repeat, layers, taps = xs
         after, aux = [], []
         for i, layer in enumerate(layers):
             before = None if states is None else jax.tree.map(lambda s: s[repeat], states[i])
             # Block by block: a whole repeat recomputed at once is all its blocks' activations.
-            x, new, layer_aux = run(layer, x, before, ctx)
+            x, new, layer_aux = run(layer, x, before, ctx, None if taps is None else taps[i])
             after.append(new)
             aux.append(layer_aux)
         if states is not None:
@@ -130,7 +133,9 @@ def run_scanned(
         stacked = [
             jax.tree.map(lambda *rows: jnp.stack(rows), *state[i::width]) for i in range(width)
         ]
-    xs = (jnp.arange(repeats), list(blocks))
+    if taps is not None:
+        taps = [jax.tree.map(lambda *t: jnp.stack(t), *taps[i::width]) for i in range(width)]
+    xs = (jnp.arange(repeats), list(blocks), taps)
     (x, stacked), aux = jax.lax.scan(body, (x, stacked), xs, unroll=unroll)
     aux = [jax.tree.map(lambda a, r=r: a[r], aux[i]) for r in range(repeats) for i in range(width)]
     if stacked is None:

@@ -109,11 +109,12 @@ def _state_sizes(experiment: Experiment, vocab_size: int) -> StateSizes:
                 for leaf in specs
             ),
         )
-    return StateSizes(tuple(leaves), _moments(shapes.optimizer, leaves), carry)
+    return StateSizes(tuple(leaves), _moments(shapes.optimizer, leaves, mesh), carry)
 
 
-def _moments(optimizer: Any, parameters: list[Leaf]) -> Size:
-    """Moments live with their parameter, counters on every device (`train.state.Plan`)."""
+def _moments(optimizer: Any, parameters: list[Leaf], mesh: Mesh) -> Size:
+    """Moments live with their parameter, a table's counters with its rows, others on every device
+    (`train.state.Plan`)."""
     named = {leaf.name: leaf for leaf in parameters}
     whole = local = 0
     for path, moment in jax.tree_util.tree_leaves_with_path(optimizer):
@@ -122,7 +123,13 @@ def _moments(optimizer: Any, parameters: list[Leaf]) -> Size:
         size = _bytes(moment.shape, moment)
         whole += size
         same = own is not None and own.shape == tuple(moment.shape)
-        local += size * own.local // own.whole if same and own is not None else size
+        if own is not None and same:
+            local += size * own.local // own.whole
+        elif own is not None and own.is_table and tuple(moment.shape) == own.shape[:1]:
+            rows = PartitionSpec(partition_spec(own.axes, mesh, own.shape)[0])
+            local += _local(size, rows, mesh)
+        else:
+            local += size
     return Size(whole, local)
 
 

@@ -6,6 +6,9 @@ from typing import Literal
 from memtrain.description import above_zero, at_least
 
 
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with parameter groups (Loshchilov and Hutter 2019; table group after Berges et al.
@@ -13,8 +16,8 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 3e-3
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """"wsd" is warm-up, stable, decay (Hu et al. 2024)."""
+    schedule: Schedule = "cosine"
+    """"wsd" is warm-up, stable, decay (Hu et al. 2024); "linear" falls to the end."""
     warmup_steps: int = 50
     decay_fraction: float = 0.2
     """Share of the steps over which "wsd" decays."""
@@ -30,14 +33,36 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     """Global norm of all parameters but the memory tables."""
     table_learning_rate: float = 1e-2
-    """Peak rate of memory tables; same schedule, no weight decay."""
+    """Peak rate of memory tables, which have no weight decay."""
+    table_schedule: Schedule | None = None
+    """Schedule of the tables' rate; `schedule` unless given. "linear" falls to the final fraction
+    (Huang et al. 2024, arXiv 2411.12364, let a value rate of 10 times the others' fall to theirs).
+    """
+    table_final_fraction: float | None = None
+    """`final_fraction` unless given."""
     table_clip_norm: float | None = 1.0
+    """Global norm of all memory tables."""
+    table_update: Literal["lazy", "dense"] = "lazy"
+    """"lazy": a row without a gradient, and its moments, stand still. "dense": Adam, which goes on
+    moving it by its old momentum."""
+    table_gradient: Literal["auto", "rows", "dense"] = "auto"
+    """Of lazy updates: a gradient of the rows that were read, or of the whole table; the first
+    where a step reads fewer rows than a device has of the table, unless given."""
+    table_rounding: Literal["nearest", "stochastic", "master"] = "nearest"
+    """How lazy updates write a bfloat16 table: to the nearest number, up or down by chance, or the
+    nearest to a float32 copy that is kept as optimizer state."""
 
     def __post_init__(self):
         least = {"warmup_steps": 0, "horizon_steps": 1, "learning_rate": 0}
         at_least(self, "optimizer", least | {"table_learning_rate": 0, "weight_decay": 0})
         for name in ("epsilon", "clip_norm", "table_clip_norm"):
             above_zero(self, "optimizer", name)
+        if self.table_update == "dense":
+            for name, default in (("table_gradient", "auto"), ("table_rounding", "nearest")):
+                if (value := getattr(self, name)) not in (default, "dense"):
+                    raise ValueError(
+                        f'optimizer.{name}={value}: it is of lazy updates; set table_update="lazy"'
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)

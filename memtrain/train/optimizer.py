@@ -1,7 +1,8 @@
 """AdamW with parameter groups and schedules, from optax.
 
 Three groups: memory tables (own learning rate and clip, no weight decay), frozen parameters, and
-all the rest, of which only matrices are decayed.
+all the rest, of which only matrices are decayed. Tables that are updated lazily are not optax's:
+see `memtrain.train.tables`.
 """
 
 from __future__ import annotations
@@ -14,22 +15,43 @@ import jax.numpy as jnp
 import optax
 
 from memtrain.errors import BadInput
-from memtrain.train.config import OptimizerConfig
+from memtrain.train.config import OptimizerConfig, Schedule
+from memtrain_kernels import RowGradients
 
 
-def schedule_of(config: OptimizerConfig, peak: float, num_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then cosine, warm-up-stable-decay, or constant.
+def schedule_of(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate by step of all but the tables. `num_steps`: the horizon, unless configured."""
+    return _schedule(
+        config, config.schedule, config.learning_rate, config.final_fraction, num_steps
+    )
 
-    `num_steps` is the horizon where the config gives none.
-    """
+
+def table_schedule_of(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate of memory tables by step."""
+    fraction = config.table_final_fraction
+    return _schedule(
+        config,
+        config.table_schedule or config.schedule,
+        config.table_learning_rate,
+        config.final_fraction if fraction is None else fraction,
+        num_steps,
+    )
+
+
+def _schedule(
+    config: OptimizerConfig, kind: Schedule, peak: float, final_fraction: float, num_steps: int
+) -> optax.Schedule:
+    """Linear warm-up, then cosine, linear, warm-up-stable-decay, or constant."""
     horizon = config.horizon_steps or num_steps
     warmup = min(config.warmup_steps, horizon)
-    final = peak * config.final_fraction
+    final = peak * final_fraction
     decay = round(horizon * config.decay_fraction)
-    if config.schedule == "constant":
+    if kind == "constant":
         after = optax.constant_schedule(peak)
-    elif config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(1, horizon - warmup), config.final_fraction)
+    elif kind == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(1, horizon - warmup), final_fraction)
+    elif kind == "linear":
+        after = optax.linear_schedule(peak, final, max(1, horizon - warmup))
     else:
         stable = max(0, horizon - warmup - decay)
         after = optax.join_schedules(
@@ -82,7 +104,7 @@ def optimizer_of(
     main = chain(
         config.clip_norm,
         optax.adamw(
-            schedule_of(config, config.learning_rate, num_steps),
+            schedule_of(config, num_steps),
             b1=config.beta1,
             b2=config.beta2,
             eps=config.epsilon,
@@ -93,7 +115,7 @@ def optimizer_of(
     table = chain(
         config.table_clip_norm,
         optax.adam(
-            schedule_of(config, config.table_learning_rate, num_steps),
+            table_schedule_of(config, num_steps),
             b1=config.beta1,
             b2=config.beta2,
             eps=config.epsilon,
@@ -104,7 +126,16 @@ def optimizer_of(
     )
 
 
-def global_norm(tree: Mapping[str, jax.Array], names: set[str]) -> jax.Array:
+def global_norm(tree: Mapping[str, jax.Array | RowGradients], names: set[str]) -> jax.Array:
     """The 2-norm of the named leaves together, in float32; 0 where there are none."""
-    squares = [jnp.sum(jnp.square(tree[name].astype(jnp.float32))) for name in sorted(names)]
+    leaves = [tree[name] for name in sorted(names)]
+    arrays = [leaf.rows if isinstance(leaf, RowGradients) else leaf for leaf in leaves]
+    squares = [jnp.sum(jnp.square(a.astype(jnp.float32))) for a in arrays]
     return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+
+
+def clip_factor(norm: jax.Array, most: float | None) -> jax.Array:
+    """What gradients of this norm are multiplied with, for theirs to be `most` at most."""
+    if most is None:
+        return jnp.ones((), jnp.float32)
+    return jnp.where(norm < most, 1.0, most / norm)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
 from memtrain.config import Experiment
@@ -19,6 +19,7 @@ from memtrain.model.parameters import Parameters, Skeleton, match_names
 from memtrain.parallel.sharding import replicated, state_shardings
 from memtrain.parallel.tokens import WHOLE, TokenSharding
 from memtrain.train.optimizer import groups_of, optimizer_of
+from memtrain.train.tables import LazyTables, OptimizerState
 
 
 CARRY_CAPACITY = 2**30
@@ -45,13 +46,16 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The fixed parts of a run: the model's skeleton, its optimizer, its mesh, its groups."""
+    """The fixed parts of a run: the model's skeleton, its optimizer, its mesh, its groups.
+
+    optimizer: of all but `tables`, which are updated lazily."""
 
     experiment: Experiment
     skeleton: Skeleton
     mesh: Mesh
     optimizer: optax.GradientTransformation
     groups: Mapping[str, str]
+    tables: LazyTables
     tokens: TokenSharding = WHOLE
 
     @classmethod
@@ -61,8 +65,14 @@ class Plan:
         names = sorted(skeleton.shapes)
         frozen = match_names(experiment.train.freeze, names, "train.freeze") | skeleton.statistics
         groups = groups_of(skeleton.shapes, skeleton.tables, frozen)
+        tables = LazyTables.of(
+            experiment, skeleton, mesh, {n for n, group in groups.items() if group == "table"}
+        )
         optimizer = optimizer_of(
-            experiment.optimizer, experiment.train.num_steps, groups, skeleton.axes()
+            experiment.optimizer,
+            experiment.train.num_steps,
+            {n: group for n, group in groups.items() if n not in tables.names},
+            skeleton.axes(),
         )
         layers = [
             layer
@@ -73,7 +83,7 @@ class Plan:
         # A plan's mesh may have no devices.
         kind = mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else ""
         tokens = TokenSharding.of(experiment.mesh, layers, experiment.train.seq_len, kind)
-        plan = cls(experiment, skeleton, mesh, optimizer, groups, tokens)
+        plan = cls(experiment, skeleton, mesh, optimizer, groups, tables, tokens)
         if experiment.train.carry != "none":
             plan.carry_spec()
         return plan
@@ -112,12 +122,23 @@ class Plan:
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             parameters=parameters,
-            optimizer=self.optimizer.init(parameters),
+            optimizer=self.init_optimizer(parameters),
             carry=self._empty_carry(parameters),
             rng=jax.random.key_data(run_key),
             skipped=jnp.zeros((), jnp.int32),
             skipped_in_row=jnp.zeros((), jnp.int32),
         )
+
+    def init_optimizer(self, parameters: Parameters) -> Any:
+        """The optimizer's state before the first step."""
+        main = self.optimizer.init(self.without_lazy(parameters))
+        if not self.tables.names:
+            return main
+        return OptimizerState(main, self.tables.init(parameters))
+
+    def without_lazy(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """What is optax's, of leaves by parameter name."""
+        return {name: leaf for name, leaf in leaves.items() if name not in self.tables.names}
 
     def _empty_carry(self, parameters: Parameters) -> Any:
         if self.experiment.train.carry == "none":
@@ -144,12 +165,12 @@ class Plan:
         def of_moment(path, leaf):
             for entry in path:
                 name = getattr(entry, "key", None)
-                if (
-                    isinstance(name, str)
-                    and name in parameters
-                    and leaf.shape == shapes.parameters[name].shape
-                ):
+                if not isinstance(name, str) or name not in parameters:
+                    continue
+                if leaf.shape == shapes.parameters[name].shape:
                     return parameters[name]
+                if name in self.tables.names:  # a number of each row
+                    return NamedSharding(mesh, PartitionSpec(self.tables.spec(name)[0]))
             return everywhere
 
         carry = None

@@ -21,8 +21,11 @@ from memtrain.parallel.sharding import (
     kernels_over,
     replicated,
 )
-from memtrain.train.optimizer import global_norm, schedule_of
+from memtrain.train.optimizer import clip_factor, global_norm, schedule_of, table_schedule_of
+from memtrain.train.row_adam import Now
 from memtrain.train.state import Plan, TrainState
+from memtrain.train.table_gradients import PREFIX, reads_of, taps_for
+from memtrain.train.tables import OptimizerState, scaled
 from memtrain_kernels import Layout
 
 
@@ -49,30 +52,39 @@ def context_of(
 
 def make_loss_and_gradients(plan: Plan) -> Callable[..., tuple[Array, Any, Metrics, Parameters]]:
     """(parameters, batch, carry) -> the sum of the weighted losses, the new carry, what memories
-    report, and the gradients of that sum for all that is trained. For use inside jit, the batch in
-    natural order."""
+    report, and the gradients of that sum for all that is trained: arrays, or `RowGradients` for
+    tables of which the plan says so. For use inside jit, the batch in natural order."""
     config = plan.experiment.train
     model_config = plan.experiment.model
     chunk, matmul = model_config.loss_chunk_tokens, model_config.dtypes.matmul
-    trained = plan.group("main") | plan.group("table")
+    by_rows = sorted(plan.tables.by_rows)
+    read = [name.removeprefix(PREFIX) for name in by_rows]
+    trained = (plan.group("main") | plan.group("table")) - plan.tables.by_rows
 
-    def loss_sum(parameters, batch: Batch, carry):
+    def loss_sum(parameters, taps, batch: Batch, carry):
         model = plan.skeleton.merge(parameters)
         ctx = context_of(batch, layout=plan.tokens.layout, want_metrics=True)
-        hidden, carry, aux = model(batch.tokens, carry, ctx)
+        hidden, carry, aux = model(batch.tokens, carry, ctx, taps=taps)
         loss = cross_entropy_over_devices(
             hidden, model.head(), batch.targets, batch.loss_weights, chunk, matmul
         )
         # An auxiliary loss is per token: it counts as often as there are weighted tokens.
         extra = sum(_aux_losses(aux)) * jnp.sum(batch.loss_weights)
-        return loss + extra, (loss, jax.lax.stop_gradient(carry), _aux_metrics(aux))
+        return loss + extra, (loss, jax.lax.stop_gradient(carry), aux)
 
     def gradients(parameters, batch: Batch, carry):
         frozen = {n: a for n, a in parameters.items() if n not in trained}
         moving = {n: a for n, a in parameters.items() if n in trained}
-        function = jax.value_and_grad(lambda p: loss_sum(p | frozen, batch, carry), has_aux=True)
-        (_, (loss, carry, metrics)), grads = function(moving)
-        return loss, carry, metrics, grads
+        taps = None
+        if by_rows:
+            tables = {name: parameters[PREFIX + name] for name in read}
+            taps = taps_for(plan.tables.shapes, tables, *batch.tokens.shape)
+        function = jax.value_and_grad(
+            lambda p, taps: loss_sum(p | frozen, taps, batch, carry), argnums=(0, 1), has_aux=True
+        )
+        (_, (loss, carry, aux)), (grads, d_taps) = function(moving, taps)
+        reads = reads_of(aux, d_taps, read) if by_rows else {}
+        return loss, carry, _aux_metrics(aux), grads, reads
 
     def accumulated(parameters, batch: Batch, carry):
         """The sum of the parts' losses and gradients, one part at a time."""
@@ -86,20 +98,24 @@ def make_loss_and_gradients(plan: Plan) -> Callable[..., tuple[Array, Any, Metri
         def body(total, part):
             rows, state = part
             rows = jax.tree.map(constrain_tokens, rows)
-            loss, state, metrics, grads = gradients(parameters, rows, state)
-            return jax.tree.map(jnp.add, total, (loss, grads)), (state, metrics)
+            loss, state, metrics, grads, reads = gradients(parameters, rows, state)
+            return jax.tree.map(jnp.add, total, (loss, grads)), (state, metrics, reads)
 
         zeros = {n: jnp.zeros(a.shape, jnp.float32) for n, a in parameters.items() if n in trained}
         xs = (jax.tree.map(split, batch), jax.tree.map(split, carry))
-        (loss, grads), (carry, metrics) = jax.lax.scan(
+        (loss, grads), (carry, metrics, reads) = jax.lax.scan(
             body, (jnp.zeros((), jnp.float32), zeros), xs
         )
         metrics = jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
-        return loss, jax.tree.map(join, carry), metrics, grads
+        # Kept as they are until all parts are read: a sum of rows would be larger than its reads.
+        reads = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), reads)
+        return loss, jax.tree.map(join, carry), metrics, grads, reads
 
     def loss_and_gradients(parameters, batch: Batch, carry):
         with kernels_over(plan.mesh, plan.tokens):
-            return accumulated(parameters, arranged(batch, plan), carry)
+            arrangement = arranged(batch, plan)
+            loss, carry, metrics, grads, reads = accumulated(parameters, arrangement, carry)
+        return loss, carry, metrics, grads | plan.tables.gradients(reads)
 
     return loss_and_gradients
 
@@ -108,11 +124,9 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
     """One update. Loss is the sum over weighted tokens divided by their weight in the whole batch,
     however many devices and accumulation steps it is spread over."""
     loss_and_gradients = make_loss_and_gradients(plan)
-    learning_rate = schedule_of(
-        plan.experiment.optimizer,
-        plan.experiment.optimizer.learning_rate,
-        plan.experiment.train.num_steps,
-    )
+    config, tables = plan.experiment.optimizer, plan.tables
+    learning_rate = schedule_of(config, plan.experiment.train.num_steps)
+    table_learning_rate = table_schedule_of(config, plan.experiment.train.num_steps)
     trained = plan.group("main") | plan.group("table")
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -120,35 +134,50 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
         weight = jnp.sum(batch.loss_weights)
         scale = 1.0 / jnp.maximum(weight, 1e-9)
         loss = loss * scale
-        grads = {n: g * scale for n, g in grads.items()}
+        grads = {n: scaled(g, scale) for n, g in grads.items()}
         main = global_norm(grads, plan.group("main"))
         table = global_norm(grads, plan.group("table"))
         good = jnp.isfinite(loss) & jnp.isfinite(main) & jnp.isfinite(table)
 
+        done = state.step - state.skipped  # what schedules count
+        before = plan.without_lazy(state.parameters)
+        old = state.optimizer.main if tables.names else state.optimizer
         frozen = {n: jnp.zeros_like(a) for n, a in state.parameters.items() if n not in trained}
-        updates, optimizer = plan.optimizer.update(
-            grads | frozen, state.optimizer, state.parameters
-        )
-        parameters = optax.apply_updates(state.parameters, updates)
+        updates, optimizer = plan.optimizer.update(plan.without_lazy(grads) | frozen, old, before)
         # A skipped step leaves everything as it was before it, the memories' state too.
         keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
+        parameters = jax.tree.map(keep, optax.apply_updates(before, updates), before)
+        optimizer = jax.tree.map(keep, optimizer, old)
+        if tables.names:
+            now = Now(jnp.asarray(table_learning_rate(done)), state.step, _seed(state), good)
+            factor = clip_factor(table, config.table_clip_norm)
+            after, moments = tables.update(
+                state.parameters,
+                state.optimizer.tables,
+                {n: scaled(grads[n], factor) for n in tables.names},
+                now,
+            )
+            parameters, optimizer = parameters | after, OptimizerState(optimizer, moments)
         metrics = {
             "train/loss": loss,
             "train/tokens_weighted": weight,
             "train/grad_norm": main,
-            # The optimizer counts the steps that were not skipped.
-            "train/learning_rate": learning_rate(state.step - state.skipped),
+            "train/learning_rate": learning_rate(done),
             "train/skipped_steps": state.skipped + ~good,
             "train/skipped_in_row": jnp.where(good, 0, state.skipped_in_row + 1),
             **{f"memory/{name}": value for name, value in memory.items()},
         }
         if plan.group("table"):
             metrics["train/table_grad_norm"] = table
+            metrics["train/table_learning_rate"] = table_learning_rate(done)
+        for name in tables.by_rows:
+            rows = state.parameters[name].shape[0]
+            metrics[f"memory/{name}.slots_used"] = jnp.sum(grads[name].count) / rows
         return (
             TrainState(
                 step=state.step + 1,
-                parameters=jax.tree.map(keep, parameters, state.parameters),
-                optimizer=jax.tree.map(keep, optimizer, state.optimizer),
+                parameters=parameters,
+                optimizer=optimizer,
                 carry=jax.tree.map(keep, carry, state.carry),
                 rng=state.rng,
                 skipped=metrics["train/skipped_steps"],
@@ -231,6 +260,12 @@ def _compiler_options(mesh: Mesh) -> dict[str, int] | None:
     if mesh.devices.flat[0].platform not in ("gpu", "cuda") or mesh.shape["context"] == 1:
         return None
     return {"xla_gpu_experimental_parallel_collective_overlap_limit": 2}
+
+
+def _seed(state: TrainState) -> Array:
+    """What rounding by chance draws from at this step."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    return jax.random.bits(key, (), jnp.uint32)
 
 
 def _batch_shardings(plan: Plan) -> Any:

@@ -47,15 +47,16 @@ def test_parameters_and_optimizer_by_hand():
     sizes = state_sizes(experiment(), vocab_size=16)
     assert PARAMETERS == 2350
     assert sizes.total().whole == sizes.total().local == 4 * 2350
-    # Two moments of each, and a count of steps for the moments and the schedule of both groups.
-    assert sizes.optimizer.whole == 2 * 4 * 2350 + 4 * 4
+    # Two moments of each, a count of steps for the moments and the schedule of both groups, and for
+    # each row of the table how often and when it was updated.
+    assert sizes.optimizer.whole == 2 * 4 * 2350 + 4 * 4 + 2 * 4 * 16
     assert sizes.carry.whole == 0
 
 
 def test_frozen_parameters_have_no_gradients_and_no_moments():
     sizes = state_sizes(experiment(freeze=("embedding",)), vocab_size=16)
     assert sizes.total(trained_only=True).whole == 4 * (2350 - 16 * 8)
-    assert sizes.optimizer.whole == 2 * 4 * (2350 - 16 * 8) + 4 * 4
+    assert sizes.optimizer.whole == 2 * 4 * (2350 - 16 * 8) + 4 * 4 + 2 * 4 * 16
 
 
 def test_a_mesh_divides_what_its_axes_divide():

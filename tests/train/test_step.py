@@ -39,7 +39,7 @@ def test_loss_and_first_update_against_adamw_by_hand(plain):
     plan, step = plain
     state, batch = plan.init(), tiny.batch(0)
     before = copy(state.parameters)
-    loss, grads = jax.value_and_grad(lambda p: dense_loss(plan, p, batch))(before)
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: dense_loss(plan, p, batch)))(before)
     after, metrics = step(state, batch)
     np.testing.assert_allclose(metrics["train/loss"], loss, rtol=1e-5)
 
@@ -190,19 +190,24 @@ def test_learning_rate_schedules_by_hand():
     from memtrain.train.config import OptimizerConfig
     from memtrain.train.optimizer import schedule_of
 
-    cosine = schedule_of(OptimizerConfig(warmup_steps=4, final_fraction=0.1), 1.0, 24)
+    cosine = schedule_of(OptimizerConfig(learning_rate=1.0, warmup_steps=4, final_fraction=0.1), 24)
     found = np.array([cosine(i) for i in range(4)], np.float32)
     np.testing.assert_allclose(found, [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
     np.testing.assert_allclose(cosine(14), 0.1 + 0.9 * 0.5, rtol=1e-5)
     np.testing.assert_allclose(cosine(24), 0.1, rtol=1e-5)
     wsd = schedule_of(
-        OptimizerConfig(schedule="wsd", warmup_steps=4, decay_fraction=0.25, final_fraction=0.0),
-        2.0,
+        OptimizerConfig(
+            learning_rate=2.0,
+            schedule="wsd",
+            warmup_steps=4,
+            decay_fraction=0.25,
+            final_fraction=0.0,
+        ),
         40,
     )
     found = np.array([wsd(i) for i in (10, 29, 35, 40)], np.float32)
     np.testing.assert_allclose(found, [2, 2, 1, 0], atol=1e-6)
-    held = schedule_of(OptimizerConfig(warmup_steps=0, horizon_steps=10), 1.0, 99)
+    held = schedule_of(OptimizerConfig(learning_rate=1.0, warmup_steps=0, horizon_steps=10), 99)
     np.testing.assert_allclose(held(10), 0.1, rtol=1e-5)
 
 

@@ -30,7 +30,7 @@ def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def table_gradient(
+def sum_by_row(
     slots_MK: jax.Array, weights_MK: jax.Array, dy_MD: jax.Array, num_rows: int
 ) -> jax.Array:
     """sum of weights[m, k] * dy[m] over all pairs of each row: [num_rows, D], float32."""
@@ -68,7 +68,7 @@ def weights_gradient(table_ND: jax.Array, slots_MK: jax.Array, dy_MD: jax.Array)
 def scatter(
     slots_MK: jax.Array, weights_MK: jax.Array, dy_MD: jax.Array, *, num_rows: int
 ) -> jax.Array:
-    """`table_gradient`, adding in the order of columns, then rows."""
+    """`sum_by_row`, adding in the order of columns, then rows."""
     dtype = accumulation_dtype(dy_MD)
     dy_MD = dy_MD.astype(dtype)
     slots_MK = jnp.where(slots_MK < 0, num_rows, slots_MK)
@@ -86,7 +86,7 @@ def scatter(
 def sorted_runs(
     slots_MK: jax.Array, weights_MK: jax.Array, dy_MD: jax.Array, *, num_rows: int
 ) -> jax.Array:
-    """`table_gradient`, each row's sum in the order of m, then k, in chunks of the sorted pairs.
+    """`sum_by_row`, each row's sum in the order of m, then k, in chunks of the sorted pairs.
 
     The sorted pairs are cut into Q chunks of C. The sum of a run that goes on from the chunk before
     starts with a carry, found by a scan over the chunks' last runs; all chunks then go through

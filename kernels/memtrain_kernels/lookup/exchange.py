@@ -2,8 +2,8 @@
 
 Each exchange serves one chunk of C tokens a device, all devices of the axis at once:
 - `read`: y [C, V] of the device's own tokens.
-- `push`: adds the chunk's gradient to the device's own rows or columns, and gives that of the
-  weights.
+- `push`: adds the chunk's gradient to the device's own rows or columns, unless their total is None,
+  and gives that of the weights.
 Everything is added in a fixed order: devices one after another, then their tokens.
 """
 
@@ -29,12 +29,12 @@ class Exchange(Protocol):
 
     def push(
         self,
-        total_NV: jax.Array,
+        total_NV: jax.Array | None,
         table_NV: jax.Array,
         slots_CK: jax.Array,
         weights_CK: jax.Array,
         dy_CV: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]: ...
+    ) -> tuple[jax.Array | None, jax.Array]: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Columns:
     def push(self, total_NV, table_NV, slots_CK, weights_CK, dy_CV):
         slots_MK, weights_MK = everyones(slots_CK, self.axis), everyones(weights_CK, self.axis)
         dy_MV = lax.all_to_all(dy_CV, self.axis, 1, 0, tiled=True)
-        total_NV = add_to_rows(total_NV, slots_MK, weights_MK, dy_MV)
+        if total_NV is not None:
+            total_NV = add_to_rows(total_NV, slots_MK, weights_MK, dy_MV)
         return total_NV, sums_home(weights_gradient(table_NV, slots_MK, dy_MV), self.axis)
 
 
@@ -70,7 +71,9 @@ class MaskedRows:
     def push(self, total_NV, table_NV, slots_CK, weights_CK, dy_CV):
         slots_MK = self._own(slots_CK, table_NV.shape[0])
         dy_MV = everyones(dy_CV, self.axis)
-        total_NV = add_to_rows(total_NV, slots_MK, everyones(weights_CK, self.axis), dy_MV)
+        if total_NV is not None:
+            weights_MK = everyones(weights_CK, self.axis)
+            total_NV = add_to_rows(total_NV, slots_MK, weights_MK, dy_MV)
         # One device alone has a row: every sum is of one number and zeros.
         return total_NV, sums_home(weights_gradient(table_NV, slots_MK, dy_MV), self.axis)
 
@@ -95,7 +98,7 @@ def add_to_rows(
 ) -> jax.Array:
     """total, with weights[m, k] * dy[m] added to row slots[m, k]. A negative slot is no row.
 
-    As `bag_gradient.table_gradient`, which starts from zeros: on CPU in place, so that many small
+    As `bag_gradient.sum_by_row`, which starts from zeros: on CPU in place, so that many small
     chunks cost no pass over the table each.
     """
     num_rows, dtype = total_NV.shape[0], total_NV.dtype

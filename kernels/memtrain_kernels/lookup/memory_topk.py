@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from memtrain_kernels.lookup.arguments import Arguments, prepare
-from memtrain_kernels.lookup.bag_gradient import table_gradient
+from memtrain_kernels.lookup.bag_gradient import sum_by_row
 from memtrain_kernels.lookup.checks import Arrays
 from memtrain_kernels.lookup.key_blocks import Keys
 from memtrain_kernels.lookup.search import MaskFn, Plan, Queries, search
@@ -148,7 +148,7 @@ def _backward(plan: Plan, saved, cotangents):
 
     d_keys = None
     if wants_keys is not None:
-        d_keys = table_gradient(slots_Mk, weights_Mk, q_MD, table.shape[0])
+        d_keys = sum_by_row(slots_Mk, weights_Mk, q_MD, table.shape[0])
         d_keys = d_keys.reshape(keys_NSX.shape).astype(keys_NSX.dtype)
     if scales is not None:
         scales = jnp.broadcast_to(scales, (batch, S, K)).reshape(-1)

@@ -59,22 +59,26 @@ def tables_over(
         yield
 
 
-def partitioned_weighted_gather(table: Arrays, slots: Arrays, weights: Arrays) -> jax.Array:
+def partitioned_weighted_gather(
+    table: Arrays, slots: Arrays, weights: Arrays, *, table_gradient: bool = True
+) -> jax.Array:
     """y[b, t] = sum_k weights[b, t, k] * table[slots[b, t, k]], sharded as the program says.
 
     Shapes: table [N, V]; slots, weights [B, T, K]; returns [B, T, V] in the table's dtype. Under
     `partitioned` and `tables_over`, rows go between the devices over which both tokens and table
     are sharded, by `sharded_weighted_gather`; columns over axes that do not split tokens stay
     sharded in the result. Otherwise it is `weighted_gather`. Axes that do not divide the table
-    leave it whole, which is said once. Raises ValueError for shapes that do not fit, for axes that
-    the mesh has not, and where rows and columns would both have to be exchanged.
+    leave it whole, which is said once. table_gradient: see `weighted_gather`. Raises ValueError for
+    shapes that do not fit, for axes that the mesh has not, and where rows and columns would both
+    have to be exchanged.
     """
     if slots.ndim != 3 or weights.shape != slots.shape:
         raise ValueError(f"slots {slots.shape} and weights {weights.shape}: give both [B, T, K]")
     part, axes = current_partition(), _tables.value
     outer = set(jax.sharding.get_abstract_mesh().manual_axes)
     if part is None or axes is None or part.mesh.size == 1 or outer == set(part.mesh.shape):
-        y = weighted_gather(table, *(x.reshape(-1, x.shape[-1]) for x in (slots, weights)))
+        flat = [x.reshape(-1, x.shape[-1]) for x in (slots, weights)]
+        y = weighted_gather(table, *flat, table_gradient=table_gradient)
         return y.reshape(*slots.shape[:2], -1)
     B, T, K = slots.shape
     batch, sequence = _token_axes(part, outer, B, T)
@@ -94,12 +98,19 @@ def partitioned_weighted_gather(table: Arrays, slots: Arrays, weights: Arrays) -
         flat = [x.reshape(-1, K) for x in (slots_BTK, weights_BTK)]
         if rows:
             y = sharded_weighted_gather(
-                table_NV, *flat, axis=rows, split="rows", exchange=axes.exchange
+                table_NV,
+                *flat,
+                axis=rows,
+                split="rows",
+                exchange=axes.exchange,
+                table_gradient=table_gradient,
             )
         elif exchanged:
-            y = sharded_weighted_gather(table_NV, *flat, axis=exchanged, split="columns")
+            y = sharded_weighted_gather(
+                table_NV, *flat, axis=exchanged, split="columns", table_gradient=table_gradient
+            )
         else:
-            y = weighted_gather(table_NV, *flat)
+            y = weighted_gather(table_NV, *flat, table_gradient=table_gradient)
         return y.reshape(*slots_BTK.shape[:2], -1)
 
     tokens = PartitionSpec(batch, sequence, None)

@@ -84,12 +84,14 @@ class Requests:
             asked = self._round(pairs, weights_CK, r)
             dy_RV = self._swap(dy_CV[jnp.maximum(asked.token, 0)])
             slots_RL, weights_RL = self._swap(asked.slots), self._swap(asked.weights)
-            total_NV = add_to_rows(total_NV, slots_RL, weights_RL, dy_RV)
+            if total_NV is not None:
+                total_NV = add_to_rows(total_NV, slots_RL, weights_RL, dy_RV)
             d_RL = self._swap(weights_gradient(table_NV, slots_RL, dy_RV))
             here_P = d_RL.reshape(-1).at[asked.target].get(mode="fill", fill_value=0)
             return total_NV, d_P + here_P
 
-        d_P = vary_as(jnp.zeros(slots_CK.size, total_NV.dtype), slots_CK)
+        d_P = jnp.zeros(slots_CK.size, accumulation_dtype(table_NV, dy_CV))
+        d_P = vary_as(d_P, slots_CK)
         total_NV, d_P = lax.fori_loop(0, self._rounds(pairs), round_of, (total_NV, d_P))
         d_P = jnp.zeros_like(d_P).at[pairs.pair].set(d_P, unique_indices=True)
         return total_NV, d_P.reshape(slots_CK.shape)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memtrain_kernels.lookup.bag_gradient import table_gradient
+from memtrain_kernels.lookup.bag_gradient import sum_by_row
 from memtrain_kernels.lookup.checks import Arrays, check_bag, check_count, host_value
 from memtrain_kernels.varying import vary_alike, vary_as
 
@@ -74,7 +74,7 @@ def weighted_gather_row_gradients(
     U = slots_MK.size if max_rows is None else min(max_rows, slots_MK.size)
     ids, places, count = _number_rows(slots_MK.reshape(-1), U)
     # The place of a row in the result stands in for its slot: what did not fit is no row.
-    rows = table_gradient(places.reshape(slots_MK.shape), weights_MK, dy_MD, U)
+    rows = sum_by_row(places.reshape(slots_MK.shape), weights_MK, dy_MD, U)
     return RowGradients(ids, jnp.where(count > U, jnp.nan, rows), count)
 
 

@@ -31,6 +31,7 @@ def sharded_weighted_gather(
     split: Literal["rows", "columns"],
     exchange: Literal["auto", "all_to_all", "gather"] = "auto",
     chunk_tokens: int | None = None,
+    table_gradient: bool = True,
 ) -> jax.Array:
     """`weighted_gather` inside `jax.shard_map`, with the table sharded over the mesh axis `axis`.
 
@@ -47,6 +48,7 @@ def sharded_weighted_gather(
             as many rounds as the fullest needs; "auto": whichever sends less (`gather_costs`).
             Columns have one way, "gather".
         chunk_tokens: tokens of a device in one chunk, instead of as many as bound the temporaries.
+        table_gradient: see `weighted_gather`.
     Returns:
         [M, V] in the table's dtype, summed in float32. Gradients: the device's own rows or columns
         get the sums over the tokens of all devices of the axis, of a fixed order, without atomics;
@@ -68,7 +70,7 @@ def sharded_weighted_gather(
         raise ValueError(f"the table has {n * table.shape[0]} rows: give less than 2**31")
     slots = jnp.asarray(slots, jnp.int32)
     if n == 1 or not slots.shape[0]:
-        y = weighted_gather(table, slots, weights)
+        y = weighted_gather(table, slots, weights, table_gradient=table_gradient)
         width = y.shape[1] * (n if split == "columns" else 1)
         return y if y.shape[1] == width else jnp.zeros((0, width), y.dtype)
     table, slots, weights, _ = vary_alike(
@@ -87,7 +89,7 @@ def sharded_weighted_gather(
     else:
         everywhere = tuple(jax.sharding.get_abstract_mesh().manual_axes)
         by = Requests(axis, n, chunks.lanes, chunks.capacity, everywhere)
-    return _gather(by, chunks.tokens, table, slots, weights)
+    return _gather(by, chunks.tokens, table_gradient, table, slots, weights)
 
 
 def _route(table, slots, n: int, split: str, exchange: str) -> Route:
@@ -101,9 +103,14 @@ def _route(table, slots, n: int, split: str, exchange: str) -> Route:
     return min(routes, key=lambda route: sum(costs[route]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _gather(
-    by: Exchange, chunk: int, table_NV: jax.Array, slots_MK: jax.Array, weights_MK: jax.Array
+    by: Exchange,
+    chunk: int,
+    table_gradient: bool,
+    table_NV: jax.Array,
+    slots_MK: jax.Array,
+    weights_MK: jax.Array,
 ) -> jax.Array:
     def read(arrays):
         return by.read(table_NV, *arrays).astype(table_NV.dtype)
@@ -113,24 +120,27 @@ def _gather(
     return y_QCV.reshape(-1, y_QCV.shape[-1])[: slots_MK.shape[0]]
 
 
-def _forward(by, chunk, table, slots, weights):
-    return _gather(by, chunk, table, slots, weights), (table, slots, weights)
+def _forward(by, chunk, table_gradient, table, slots, weights):
+    return _gather(by, chunk, table_gradient, table, slots, weights), (table, slots, weights)
 
 
-def _backward(by, chunk, saved, dy_MV):
+def _backward(by, chunk, table_gradient, saved, dy_MV):
     table_NV, slots_MK, weights_MK = saved
 
     def push(total_NV, arrays):
         return by.push(total_NV, table_NV, *arrays)
 
-    zeros = vary_as(jnp.zeros(table_NV.shape, accumulation_dtype(table_NV, dy_MV)), table_NV)
+    zeros = None
+    if table_gradient:
+        zeros = vary_as(jnp.zeros(table_NV.shape, accumulation_dtype(table_NV, dy_MV)), table_NV)
     cut = _cut(chunk, (slots_MK, -1), (weights_MK, 0), (dy_MV, 0))
     if cut[0].shape[0] > 1:
         total_NV, d_weights = lax.scan(push, zeros, cut)
     else:
         total_NV, d_weights = push(zeros, [x[0] for x in cut])
     d_weights = d_weights.reshape(-1, slots_MK.shape[1])[: slots_MK.shape[0]]
-    return total_NV.astype(table_NV.dtype), None, d_weights.astype(weights_MK.dtype)
+    d_table = None if total_NV is None else total_NV.astype(table_NV.dtype)
+    return d_table, None, d_weights.astype(weights_MK.dtype)
 
 
 _gather.defvjp(_forward, _backward)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from memtrain_kernels.lookup.bag_gradient import (
     accumulation_dtype,
-    table_gradient,
+    sum_by_row,
     weights_gradient,
 )
 from memtrain_kernels.lookup.checks import Arrays, check_bag
@@ -19,27 +21,30 @@ from memtrain_kernels.varying import vary_alike, vary_as
 _WRITTEN_OUT = 32
 
 
-def weighted_gather(table: Arrays, slots: Arrays, weights: Arrays) -> Array:
+def weighted_gather(
+    table: Arrays, slots: Arrays, weights: Arrays, *, table_gradient: bool = True
+) -> Array:
     """y[m] = sum_k weights[m, k] * table[slots[m, k]].
 
     Args:
         table: [N, D]. slots: integers [M, K] in 0..N-1; a negative one is no row and adds nothing
         (what a top-k lookup gives where too few keys were seen). weights: [M, K].
+        table_gradient: False leaves the table's gradient out, which is then zero: for tables whose
+        gradient is taken as the rows that were touched, by `weighted_gather_row_gradients`.
     Returns:
         [M, D] in the table's dtype, summed in float32. The [M, K, D] rows are never formed, neither
         here nor in the gradients: row sums for the table (deterministic on every device, no
-        atomics), dot products for the weights. For the table's gradient as the rows that were
-        touched, see `weighted_gather_row_gradients`.
+        atomics), dot products for the weights.
     Raises ValueError for shapes and dtypes that do not fit.
     """
     check_bag(slots, weights, table=table)
     slots = jnp.asarray(slots, jnp.int32)
     table, slots, weights = vary_alike(jnp.asarray(table), slots, jnp.asarray(weights))
-    return _weighted_gather(table, slots, weights)
+    return _weighted_gather(table_gradient, table, slots, weights)
 
 
-@jax.custom_vjp
-def _weighted_gather(table: Array, slots: Array, weights: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_gather(table_gradient: bool, table: Array, slots: Array, weights: Array) -> Array:
     return bag(table, slots, weights).astype(table.dtype)
 
 
@@ -64,15 +69,17 @@ def bag(table_ND: Array, slots_MK: Array, weights_MK: Array) -> Array:
     return add(y_MD, (slots_MK.T[whole:], weights_MK.T[whole:]))[0]
 
 
-def _forward(table, slots, weights):
-    return _weighted_gather(table, slots, weights), (table, slots, weights)
+def _forward(table_gradient, table, slots, weights):
+    return _weighted_gather(table_gradient, table, slots, weights), (table, slots, weights)
 
 
-def _backward(saved, dy):
+def _backward(table_gradient, saved, dy):
     table, slots, weights = saved
-    d_table = table_gradient(slots, weights, dy, table.shape[0])
-    d_weights = weights_gradient(table, slots, dy)
-    return d_table.astype(table.dtype), None, d_weights.astype(weights.dtype)
+    d_weights = weights_gradient(table, slots, dy).astype(weights.dtype)
+    if not table_gradient:
+        return None, None, d_weights
+    d_table = sum_by_row(slots, weights, dy, table.shape[0])
+    return d_table.astype(table.dtype), None, d_weights
 
 
 _weighted_gather.defvjp(_forward, _backward)

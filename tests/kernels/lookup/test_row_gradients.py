@@ -35,7 +35,7 @@ def program(form, max_rows=None):
     def run(slots, weights, dy):
         forced = lambda s, w, d, rows: form(s, w, d, num_rows=rows)  # noqa: E731
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("memtrain_kernels.lookup.row_gradients.table_gradient", forced)
+            patch.setattr("memtrain_kernels.lookup.row_gradients.sum_by_row", forced)
             return weighted_gather_row_gradients(slots, weights, dy, max_rows=max_rows)
 
     return jax.jit(run)

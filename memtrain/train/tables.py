@@ -1,0 +1,154 @@
+"""Memory tables in a train step: which gradient each is given, and its lazy update."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from memtrain.config import Experiment
+from memtrain.model.parameters import Parameters, Skeleton
+from memtrain.parallel.sharding import names_of, partition_spec
+from memtrain.train.row_adam import Now, RowAdam, TableMoments
+from memtrain.train.table_gradients import (
+    PREFIX,
+    Reads,
+    ReadShapes,
+    read_shapes,
+    row_gradients,
+    row_gradients_spec,
+    rows_read,
+)
+from memtrain_kernels import RowGradients
+
+
+class OptimizerState(NamedTuple):
+    """Of a model with lazily updated tables: optax's, and by parameter that of each table."""
+
+    main: Any
+    tables: dict[str, TableMoments]
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTables:
+    """The tables that are updated lazily, by parameter name.
+
+    by_rows: those of them whose gradient is of the rows that were read. shapes: how layers read.
+    """
+
+    skeleton: Skeleton
+    mesh: Any  # a Mesh, or an AbstractMesh for a plan
+    adam: RowAdam
+    names: tuple[str, ...] = ()
+    by_rows: frozenset[str] = frozenset()
+    shapes: ReadShapes = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        experiment: Experiment,
+        skeleton: Skeleton,
+        mesh: Any,
+        trained: set[str],
+    ) -> LazyTables:
+        """trained: the trained tables."""
+        config, train = experiment.optimizer, experiment.train
+        adam = RowAdam(config.beta1, config.beta2, config.epsilon, config.table_rounding)
+        if config.table_update == "dense" or not trained:
+            return cls(skeleton, mesh, adam)
+        names = tuple(sorted(trained))
+        if config.table_gradient == "dense":
+            return cls(skeleton, mesh, adam, names)
+        shapes, tokens = read_shapes(skeleton), train.batch_size * train.seq_len
+        found = cls(skeleton, mesh, adam, names, frozenset(), shapes)
+        by_rows = [
+            name
+            for name in names
+            if config.table_gradient == "rows"
+            or rows_read(shapes, name.removeprefix(PREFIX), tokens) < found.local_rows(name)
+        ]
+        return dataclasses.replace(found, by_rows=frozenset(by_rows))
+
+    def spec(self, name: str) -> PartitionSpec:
+        """How a table lies on the mesh."""
+        shape = self.skeleton.shapes[name].shape
+        return partition_spec(self.skeleton.axes()[name], self.mesh, shape)
+
+    def local_rows(self, name: str) -> int:
+        """Rows of a table that one device has."""
+        parts = math.prod(self.mesh.shape[axis] for axis in names_of(self.spec(name)[0]))
+        return self.skeleton.shapes[name].shape[0] // parts
+
+    def init(self, parameters: Parameters) -> dict[str, TableMoments]:
+        return {name: self.adam.init(parameters[name]) for name in self.names}
+
+    def moments_specs(self, moments: TableMoments, name: str) -> TableMoments:
+        """A PartitionSpec for each array of a table's moments."""
+        rows, columns = self.spec(name)
+        return jax.tree.map(
+            lambda a: PartitionSpec(rows, columns) if a.ndim == 2 else PartitionSpec(rows), moments
+        )
+
+    def gradients(self, reads: Mapping[str, Reads]) -> dict[str, RowGradients]:
+        """By parameter, the gradients of the tables of which the rows that were read are known."""
+        shapes, axes = self.skeleton.shapes, self.skeleton.axes()
+        return {
+            PREFIX + name: row_gradients(
+                found, shapes[PREFIX + name].shape, axes[PREFIX + name], self.mesh
+            )
+            for name, found in reads.items()
+        }
+
+    def update(
+        self,
+        parameters: Parameters,
+        moments: Mapping[str, TableMoments],
+        gradients: Mapping[str, Any],
+        now: Now,
+    ) -> tuple[Parameters, dict[str, TableMoments]]:
+        """The tables and their moments after a step. gradients: scaled and clipped."""
+        tables, after = {}, {}
+        for name in self.names:
+            update = self._by_rows if name in self.by_rows else self._whole
+            tables[name], after[name] = update(
+                name, parameters[name], moments[name], gradients[name], now
+            )
+        return tables, after
+
+    def _whole(self, name: str, table: Array, moments: TableMoments, gradient: Array, now: Now):
+        return self.adam.update_table(table, moments, gradient, now)
+
+    def _by_rows(
+        self, name: str, table: Array, moments: TableMoments, gradients: RowGradients, now: Now
+    ):
+        if self.mesh.size == 1:
+            return self.adam.update_rows(table, moments, gradients, now)
+        spec = self.spec(name)
+        rows = names_of(spec[0])
+        columns = names_of(spec[1])
+
+        def own(table, moments, gradients, now):
+            first = jax.lax.axis_index(rows) * table.shape[0] if rows else 0
+            column = jax.lax.axis_index(columns) * table.shape[1] if columns else 0
+            return self.adam.update_rows(table, moments, gradients, now, first, column)
+
+        specs = (spec, self.moments_specs(moments, name))
+        return jax.shard_map(
+            own,
+            mesh=self.mesh,
+            in_specs=(*specs, row_gradients_spec(spec), Now(*[PartitionSpec()] * 4)),  # type: ignore[arg-type]
+            out_specs=specs,
+            check_vma=False,
+        )(table, moments, gradients, now)
+
+
+def scaled(gradient: Any, scale: Array) -> Any:
+    """A gradient, a table or rows of one, times a number."""
+    if isinstance(gradient, RowGradients):
+        return gradient._replace(rows=gradient.rows * scale)
+    return gradient * scale

@@ -1,0 +1,124 @@
+"""The train step with a gradient of the rows that were read, beside one of the whole table."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from memtrain.layers import Block, ProductKeyMemory, Window
+from memtrain.parallel.config import MeshConfig
+from memtrain.parallel.sharding import batch_sharding
+from memtrain.train.config import OptimizerConfig
+from memtrain.train.step import make_train_step
+from tests.helpers import tiny
+
+
+NAME = "tables.memory"
+STEPS = 3
+
+
+def experiment(mesh=None, repeats=2, scan_unroll=None, accumulation=1, slots=1024, **optimizer):
+    """Two layers that share a table and read it by different numbers of rows, repeated."""
+    base = tiny.experiment(mesh=mesh, accumulation_steps=accumulation)
+    wide = ProductKeyMemory(num_slots=slots, num_heads=2, top_k=3, key_dim=8, value_dim=16)
+    narrow = dataclasses.replace(wide, num_heads=1, top_k=2)
+    model = dataclasses.replace(
+        base.model,
+        pattern=(
+            Block(mixer=Window(5, num_heads=2, sink_tokens=1), ffn=wide),
+            Block(mixer=None, ffn=narrow),
+        ),
+        repeats=repeats,
+        scan_unroll=scan_unroll,
+    )
+    config = dataclasses.replace(
+        base.optimizer, table_learning_rate=3e-2, table_clip_norm=0.5, **optimizer
+    )
+    return dataclasses.replace(base, model=model, optimizer=config)
+
+
+def after_steps(config):
+    """The plan; the table before; metrics and the table's moments of each step; the table after."""
+    plan = tiny.plan_of(config)
+    step, state = make_train_step(plan), plan.init()
+    table, reports = np.asarray(state.parameters[NAME]), []
+    for seed in range(STEPS):
+        batch = jax.device_put(tiny.batch(seed), batch_sharding(plan.mesh))
+        state, metrics = step(state, batch)
+        reports.append(jax.tree.map(np.asarray, (metrics, state.optimizer.tables[NAME])))
+    return plan, table, reports, np.asarray(state.parameters[NAME])
+
+
+@pytest.fixture(scope="module")
+def of_whole_tables():
+    return after_steps(experiment(table_gradient="dense"))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"scan_unroll": 1, "accumulation": 2},
+        {"mesh": MeshConfig(fsdp=2, context=2, tensor=2)},
+        {"mesh": MeshConfig(data=4, tensor=2), "accumulation": 2},
+    ],
+    ids=["one_device", "scanned_in_parts", "rows_and_columns_over_devices", "columns_over_devices"],
+)
+def test_both_gradients_give_the_same_tables(of_whole_tables, changed):
+    _, before, wanted, want = of_whole_tables
+    plan, _, reports, found = after_steps(experiment(table_gradient="rows", **changed))
+    assert plan.tables.by_rows == {NAME}
+    for (ours, own), (theirs, other) in zip(reports, wanted, strict=True):
+        np.testing.assert_allclose(ours["train/loss"], theirs["train/loss"], rtol=1e-4)
+        norm = "train/table_grad_norm"
+        np.testing.assert_allclose(ours[norm], theirs[norm], rtol=1e-3)
+        np.testing.assert_array_equal(own.updates, other.updates)
+        np.testing.assert_array_equal(own.last_step, other.last_step)
+    # The first moments of the first step are its gradient; later ones follow other trajectories.
+    first, mean = reports[0][1].mean, wanted[0][1].mean
+    np.testing.assert_allclose(first, mean, atol=1e-4 * np.abs(mean).max())
+    moved = np.abs(want - before).max()
+    assert moved > 0.01
+    np.testing.assert_allclose(found, want, atol=1e-2 * moved)
+
+
+def test_rows_that_no_token_read_do_not_move():
+    """Asked of the reads themselves: every layer reports its slots."""
+    config = experiment(table_gradient="auto", slots=4096)
+    plan = tiny.plan_of(config)
+    assert plan.tables.by_rows == {NAME}
+    state = plan.init()
+    model = plan.skeleton.merge(state.parameters)
+    batch = tiny.batch(5)
+    from memtrain.train.step import context_of
+
+    _, _, aux = jax.jit(lambda m, b: m(b.tokens, None, context_of(b, want_reads=True)))(
+        model, jax.tree.map(np.asarray, batch)
+    )
+    slots = [np.asarray(p["ffn"].reads["slots"]).reshape(-1) for p in aux]
+    unread = np.setdiff1d(np.arange(4096), np.concatenate(slots))
+    assert 0 < len(unread) < 4096
+    before = jax.tree.map(np.asarray, (state.parameters[NAME], state.optimizer.tables[NAME]))
+    after, metrics = make_train_step(plan)(state, batch)
+    now = jax.tree.map(np.asarray, (after.parameters[NAME], after.optimizer.tables[NAME]))
+    for a, b in zip(jax.tree.leaves(now), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a[unread], b[unread])
+    assert np.any(now[0] != before[0])
+    share = 1 - len(unread) / 4096
+    np.testing.assert_allclose(metrics[f"memory/{NAME}.slots_used"], share, rtol=1e-6)
+
+
+def test_which_gradient_auto_takes():
+    # 96 tokens read 6 and 2 rows, twice: 1,536 of a table on one device, of which two have half.
+    by_rows = lambda **more: tiny.plan_of(experiment(**more)).tables.by_rows  # noqa: E731
+    assert by_rows(slots=1600) == {NAME} and by_rows(slots=1444) == set()
+    assert by_rows(slots=1600, mesh=MeshConfig(fsdp=2)) == set()
+    assert tiny.plan_of(experiment(table_update="dense")).tables.names == ()
+
+
+def test_what_is_of_lazy_updates_is_refused_without_them():
+    with pytest.raises(ValueError, match=r'table_rounding=master: .* set table_update="lazy"'):
+        OptimizerConfig(table_update="dense", table_rounding="master")
+    with pytest.raises(ValueError, match="table_gradient=rows"):
+        OptimizerConfig(table_update="dense", table_gradient="rows")
