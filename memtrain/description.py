@@ -90,3 +90,6 @@ class LayerDescription:
 
     def check_mesh(self, mesh: MeshConfig) -> None:
         """Raises ValueError where the layer cannot be split as the mesh asks."""
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raises ValueError where the layer cannot take all token ids below `vocab_size`."""

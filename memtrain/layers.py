@@ -8,6 +8,7 @@ In a recipe a layer's name means its description; `build` makes the module.
 from memtrain.memory.attention import AttentionConfig as Attention
 from memtrain.memory.bank import BankMemoryConfig as BankMemory
 from memtrain.memory.linear_recurrence import LinearRecurrenceConfig as LinearRecurrence
+from memtrain.memory.ngram import NGramMemoryConfig as NGramMemory
 from memtrain.memory.product_key import ProductKeyMemoryConfig as ProductKeyMemory
 from memtrain.memory.short_conv import ShortConvConfig as ShortConv
 from memtrain.model.config import Block as Block
@@ -24,6 +25,7 @@ def Window(window: int, **more) -> Attention:
 register(Attention, "Attention")
 register(BankMemory, "BankMemory")
 register(LinearRecurrence, "LinearRecurrence")
+register(NGramMemory, "NGramMemory")
 register(ProductKeyMemory, "ProductKeyMemory")
 register(ShortConv, "ShortConv")
 register(SwiGLU, "SwiGLU")

@@ -6,6 +6,8 @@ from memtrain.memory.bank import BankMemory as BankMemory
 from memtrain.memory.bank import BankMemoryConfig as BankMemoryConfig
 from memtrain.memory.linear_recurrence import LinearRecurrence as LinearRecurrence
 from memtrain.memory.linear_recurrence import LinearRecurrenceConfig as LinearRecurrenceConfig
+from memtrain.memory.ngram import NGramMemory as NGramMemory
+from memtrain.memory.ngram import NGramMemoryConfig as NGramMemoryConfig
 from memtrain.memory.product_key import ProductKeyMemory as ProductKeyMemory
 from memtrain.memory.product_key import ProductKeyMemoryConfig as ProductKeyMemoryConfig
 from memtrain.memory.protocol import Aux as Aux

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 from flax import nnx
 
 from memtrain.description import BuildContext, Dtypes, LayerDescription
 from memtrain.memory.attention import AttentionConfig
 from memtrain.memory.bank import BankMemoryConfig
 from memtrain.memory.linear_recurrence import LinearRecurrenceConfig
+from memtrain.memory.ngram import NGramMemory, NGramMemoryConfig
 from memtrain.memory.product_key import ProductKeyMemoryConfig
 from memtrain.memory.protocol import Memory
 from memtrain.memory.short_conv import ShortConvConfig
@@ -23,13 +25,25 @@ MakeMemory = Callable[[Dtypes, nnx.Rngs], Memory]
 REGISTRY: dict[str, MakeMemory] = {}
 
 
-def register(name: str, description: LayerDescription, *, dim: int = 16) -> None:
-    """Enters a small instance of a memory under a name."""
+def register(
+    name: str,
+    description: LayerDescription,
+    *,
+    dim: int = 16,
+    prepare: Callable[[Memory], None] | None = None,
+) -> None:
+    """Enters a small instance of a memory under a name.
+
+    prepare: changes what is built, where a memory begins with parts that do nothing yet.
+    """
     if name in REGISTRY:
         raise ValueError(f"a memory named {name!r} is registered already")
 
     def make(dtypes: Dtypes, rngs: nnx.Rngs) -> Memory:
-        return description.build(BuildContext(dim=dim, dtypes=dtypes), rngs=rngs)
+        memory = description.build(BuildContext(dim=dim, dtypes=dtypes), rngs=rngs)
+        if prepare is not None:
+            prepare(memory)
+        return memory
 
     REGISTRY[name] = make
 
@@ -74,3 +88,17 @@ register(
 )
 register("short_conv", ShortConvConfig(size=4))
 register("linear_recurrence", LinearRecurrenceConfig(state_dim=12, min_decay=0.2, max_decay=0.95))
+
+
+def _draw_taps(memory: Memory) -> None:
+    """The convolution begins as zero: its norm and its tail would be felt by nobody."""
+    assert isinstance(memory, NGramMemory)
+    taps = memory.conv.taps
+    taps.set_value(jax.random.normal(jax.random.key(0), taps.shape).astype(taps.dtype))
+
+
+register(
+    "ngram",
+    NGramMemoryConfig(num_slots=13, num_heads=2, head_dim=6, conv=3, vocab_size=97),
+    prepare=_draw_taps,
+)

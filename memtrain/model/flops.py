@@ -13,6 +13,7 @@ from flax import nnx
 
 from memtrain.memory.attention import Attention
 from memtrain.memory.bank import BankMemory
+from memtrain.memory.ngram import NGramMemory
 from memtrain.memory.product_key import ProductKeyMemory
 from memtrain.model.language_model import LanguageModel
 
@@ -30,7 +31,7 @@ class Flops:
     attention: float
     """Scores and weighted values."""
     memory: float
-    """Scores and weighted values of key-value tables and banks."""
+    """Scores and weighted values of key-value tables, n-grams and banks."""
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(
@@ -81,6 +82,10 @@ def layer_flops(layer: nnx.Module, seq_len: int) -> Flops:
         scores = 2.0 * c.num_heads * layer.half_slots * c.key_dim
         values = 2.0 * c.num_heads * c.top_k * c.value_dim
         memory = (scores + values) * repeats
+    elif isinstance(layer, NGramMemory):
+        # Rows as they are read; one score and one gated value, of the model's width.
+        rows = 2.0 * layer.config.hashing.num_parts * layer.config.head_dim
+        memory = (rows + 4.0 * layer.key.weight.shape[-1]) * repeats
     return Flops(matmul, attention, memory)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from memtrain.config import Experiment
 from memtrain.description import LayerDescription
 from memtrain.memory.attention import AttentionConfig
+from memtrain.memory.ngram import NGramMemoryConfig
 from memtrain.memory.product_key import ProductKeyMemoryConfig
 from memtrain.model.config import ModelConfig
 from memtrain.model.language_model import full_pattern
@@ -37,9 +38,30 @@ def attention_layers(config: ModelConfig) -> Iterator[tuple[int, AttentionConfig
             yield index, layer
 
 
-def lookups(config: ModelConfig) -> list[ProductKeyMemoryConfig]:
-    """The layers of one repeat that read a table."""
-    return [layer for _, _, layer in layers_of(config) if isinstance(layer, ProductKeyMemoryConfig)]
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """What one layer reads of a table for a token: `rows`, each of `value_dim` numbers.
+
+    answers: vectors that the rows are summed to, `rows` of them where each is wanted for itself.
+    """
+
+    table: str
+    rows: int
+    value_dim: int
+    answers: int
+
+
+def lookups(config: ModelConfig) -> list[Lookup]:
+    """What the layers of one repeat read of tables, layer by layer."""
+    found = []
+    for _, _, layer in layers_of(config):
+        if isinstance(layer, ProductKeyMemoryConfig):
+            rows = layer.num_heads * layer.top_k
+            found.append(Lookup(layer.table, rows, layer.value_dim, 1))
+        elif isinstance(layer, NGramMemoryConfig):
+            rows = layer.hashing.num_parts
+            found.append(Lookup(layer.table, rows, layer.head_dim, rows))
+    return found
 
 
 def tokens_of(experiment: Experiment) -> TokenSharding:

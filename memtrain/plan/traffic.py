@@ -111,12 +111,12 @@ def _lookup_bytes(experiment: Experiment, memory: MemoryEstimate, tokens: int) -
     gradients of the sums out again."""
     tables = [leaf for leaf in memory.state.parameters if leaf.is_table]
     total = 0.0
-    for layer in lookups(experiment.model):
-        leaf = next(leaf for leaf in tables if leaf.name == f"tables.{layer.table}")
+    for lookup in lookups(experiment.model):
+        leaf = next(leaf for leaf in tables if leaf.name == f"tables.{lookup.table}")
         parts = leaf.gathered // leaf.local
         if parts > 1:
-            asked = layer.num_heads * layer.top_k * 8
-            answered = 2 * layer.value_dim * 4
+            asked = lookup.rows * 8
+            answered = 2 * lookup.answers * lookup.value_dim * 4
             total += tokens * (parts - 1) * (asked + answered)
     return total * experiment.model.repeats
 
@@ -138,10 +138,7 @@ def memory_traffic(experiment: Experiment, memory: MemoryEstimate) -> float:
     gradients = state.total(trained_only=True).local
     rows = train.batch_size // (mesh.data * mesh.fsdp)
     tokens = rows * math.ceil(train.seq_len / mesh.context)
-    read = (
-        sum(layer.num_heads * layer.top_k * layer.value_dim * 4 for layer in lookups(config))
-        * config.repeats
-    )
+    read = sum(lookup.rows * lookup.value_dim * 4 for lookup in lookups(config)) * config.repeats
     return (
         parts * (passes * weights + 3 * memory.kept)
         + 2 * local

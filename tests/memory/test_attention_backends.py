@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import compiled
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
@@ -40,11 +41,13 @@ def test_the_tpu_kernels_serve_the_memory(window):
             y, _, _ = nnx.merge(graph, parameters)(x, None, ctx)
             return jnp.sum(jnp.sin(y)), y
 
-        (_, whole), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(parameters, x)
+        whole_and_gradients = compiled(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        (_, whole), gradients = whole_and_gradients(parameters, x)
         assert last_backend() == backend
+        step = compiled(lambda memory, x, state, ctx: memory(x, state, ctx)[:2])
         state = memory.init_state(2, LENGTH)
-        first, state, _ = memory(x[:, :CUT], state, ctx.window(0, CUT))
-        token, _, _ = memory(x[:, CUT : CUT + 1], state, ctx.window(CUT, CUT + 1))
+        first, state = step(memory, x[:, :CUT], state, ctx.window(0, CUT))
+        token, _ = step(memory, x[:, CUT : CUT + 1], state, ctx.window(CUT, CUT + 1))
         assert last_backend() == backend
         return whole, jax.tree.leaves(gradients), first, token
 
