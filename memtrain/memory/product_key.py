@@ -23,12 +23,7 @@ from memtrain.description import BuildContext, LayerDescription, TableSpec, at_l
 from memtrain.memory.primitives import Linear, rms_normalize
 from memtrain.memory.protocol import Aux, Context, Memory, State
 from memtrain.memory.table import read_table
-from memtrain_kernels import partitioned_product_key_topk
-from memtrain_kernels.partition import current_partition
-
-
-# Half-scores that one device forms at a time, in bytes: 4,096 tokens of 4 heads over 65,536 slots.
-_SCORE_BYTES = 2**25
+from memtrain_kernels import partitioned_product_key_lookup
 
 
 @dataclass(frozen=True)
@@ -112,8 +107,10 @@ class ProductKeyMemory(Memory):
     def table_specs(self) -> dict[str, TableSpec]:
         return self.config.tables()
 
-    def half_scores(self, x: Float[Array, "B T D"]) -> Float[Array, "2 B T H N"]:
-        """Scores of both halves of each head's query against their half-keys, float32."""
+    def queries_and_keys(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T H 2 d"], Float[Array, "2 H N d"]]:
+        """Both halves of each head's query, and the half-keys, as they are multiplied."""
         B, T, _ = x.shape
         config = self.config
         q = self.query(x).reshape(B, T, config.num_heads, 2, config.key_dim // 2)
@@ -123,67 +120,29 @@ class ProductKeyMemory(Memory):
             q = rms_normalize(q) * (config.key_dim // 2) ** -0.5
             keys = rms_normalize(keys)
         operands = jnp.dtype(self.dtypes.matmul)
-        scores = jnp.einsum(
-            "bthsd,shnd->sbthn",
-            q.astype(operands),
-            keys.astype(operands),
-            preferred_element_type=jnp.float32,
-        )
-        if config.qk_norm:
-            scores = scores * jnp.exp(self.log_temperature[...].astype(jnp.float32))[:, None]
-        return scores
+        return q.astype(operands), keys.astype(operands)
+
+    def temperature(self) -> Float[Array, "H"]:
+        """What a head's scores are multiplied with."""
+        if not self.config.qk_norm:
+            return jnp.ones((self.config.num_heads,), jnp.float32)
+        return jnp.exp(self.log_temperature[...].astype(jnp.float32))
 
     def select(
         self, x: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T HK"], Int[Array, "B T HK"]]:
-        """Softmax weights and slots of what each token reads, all heads side by side.
-
-        Long sequences go in chunks of tokens whose half-scores are formed, and formed again for the
-        gradient, one chunk at a time.
-        """
-        B, T, D = x.shape
-        parts, count = self._chunks(B, T)
-        if count == 1:
-            return self._select(x)
-        # Each device cuts its own stretch of the sequence: chunk q is the q-th of every device's.
-        length = -(-(T // parts) // count)
-        x_BPTD = x.reshape(B, parts, T // parts, D)
-        x_BPTD = jnp.pad(x_BPTD, ((0, 0), (0, 0), (0, count * length - T // parts), (0, 0)))
-        x_QBPCD = jnp.moveaxis(x_BPTD.reshape(B, parts, count, length, D), 2, 0)
-
-        def chunk(x_BPCD: Array) -> tuple[Array, ...]:
-            found = self._select(x_BPCD.reshape(B, parts * length, D))
-            return tuple(a.reshape(B, parts, length, -1) for a in found)
-
-        found = jax.lax.map(jax.checkpoint(chunk, prevent_cse=False), x_QBPCD)
-        weights, slots = (
-            jnp.moveaxis(a, 0, 2).reshape(B, parts, count * length, -1)[:, :, : T // parts]
-            for a in found
-        )
-        return weights.reshape(B, T, -1), slots.reshape(B, T, -1)
-
-    def _chunks(self, batch: int, length: int) -> tuple[int, int]:
-        """(devices that share the sequence, chunks in which each forms its half-scores)."""
-        rows, parts = batch, 1
-        if (part := current_partition()) is not None:
-            size = lambda axes: math.prod(part.mesh.shape[n] for n in axes or ())  # noqa: E731
-            rows //= size(part.axes(part.batch, batch))
-            parts = size(part.axes((part.sequence,) if part.sequence else (), length))
-        score_bytes = 2 * self.config.num_heads * self.half_slots * 4
-        fit = max(1, _SCORE_BYTES // (score_bytes * rows))
-        return parts, -(-(length // parts) // fit)
-
-    def _select(self, x: Array) -> tuple[Array, Array]:
-        """`select`, at once."""
+        """Softmax weights and slots of what each token reads, all heads side by side."""
         B, T, _ = x.shape
-        scores = self.half_scores(x)
-        best, slots = partitioned_product_key_topk(scores[0], scores[1], self.config.top_k)
-        weights = jax.nn.softmax(best, axis=-1)
+        best, slots = partitioned_product_key_lookup(*self.queries_and_keys(x), self.config.top_k)
+        weights = jax.nn.softmax(best * self.temperature()[:, None], axis=-1)
         return weights.reshape(B, T, -1), slots.reshape(B, T, -1)
 
     def selection_margin(self, x, state, ctx) -> Float[Array, "B T"]:
         """See `Memory`. Forms the scores of all slots: for tests."""
-        s1, s2 = self.half_scores(x)
+        q, keys = self.queries_and_keys(x)
+        s1, s2 = jnp.einsum(
+            "bthsd,shnd,h->sbthn", q, keys, self.temperature(), preferred_element_type=jnp.float32
+        )
         sums = (s1[..., :, None] + s2[..., None, :]).reshape(*s1.shape[:-1], -1)
         if self.config.top_k == self.config.num_slots:
             return jnp.full(x.shape[:2], jnp.inf)

@@ -30,9 +30,6 @@ from memtrain.train.state import Plan
 from memtrain.train.step import make_train_step
 
 
-VOCAB = 256
-
-
 @dataclass(frozen=True)
 class Options:
     large: int = 4096**2
@@ -46,6 +43,8 @@ class Options:
     """Width of the trunk."""
     batch_size: int = 8
     seq_len: int = 256
+    vocab: int = 4096
+    """Different tokens, drawn at random: the more, the more different rows are read."""
     rounds: int = 7
     dense: bool = True
     """Also dense Adam, which needs the memory of a gradient as large as the table."""
@@ -119,19 +118,19 @@ class Step:
             model = experiment.model
             model = dataclasses.replace(model, pattern=model.pattern[:1])
             experiment = dataclasses.replace(experiment, model=model)
-        self.plan = Plan.of(experiment, VOCAB, mesh_of(MeshConfig()))
+        self.plan = Plan.of(experiment, options.vocab, mesh_of(MeshConfig()))
         self.step = make_train_step(self.plan)
         self.state = self.plan.init()
         self.rng = np.random.default_rng(0)
-        self.shape = (options.batch_size, options.seq_len)
+        self.shape, self.vocab = (options.batch_size, options.seq_len), options.vocab
 
     def __call__(self) -> None:
         self.state, metrics = self.step(self.state, self.batch())
         jax.block_until_ready((self.state, metrics))
 
     def batch(self) -> Batch:
-        """Random bytes, one document a row."""
-        tokens = self.rng.integers(0, VOCAB, self.shape).astype(np.int32)
+        """Random tokens, one document a row."""
+        tokens = self.rng.integers(0, self.vocab, self.shape).astype(np.int32)
         positions = np.broadcast_to(np.arange(self.shape[1], dtype=np.int32), self.shape)
         return Batch(
             tokens=tokens,

@@ -8,13 +8,14 @@ from memtrain_kernels.lookup.gather_costs import GatherCost as GatherCost
 from memtrain_kernels.lookup.gather_costs import gather_costs as gather_costs
 from memtrain_kernels.lookup.memory_topk import memory_topk as memory_topk
 from memtrain_kernels.lookup.partition import (
-    partitioned_product_key_topk as partitioned_product_key_topk,
+    partitioned_product_key_lookup as partitioned_product_key_lookup,
 )
 from memtrain_kernels.lookup.partition import (
     partitioned_weighted_gather as partitioned_weighted_gather,
 )
 from memtrain_kernels.lookup.partition import tables_over as tables_over
 from memtrain_kernels.lookup.product_key import product_key_topk as product_key_topk
+from memtrain_kernels.lookup.product_key_lookup import product_key_lookup as product_key_lookup
 from memtrain_kernels.lookup.row_gradients import NO_ROW as NO_ROW
 from memtrain_kernels.lookup.row_gradients import RowGradients as RowGradients
 from memtrain_kernels.lookup.row_gradients import merge_row_gradients as merge_row_gradients

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from memtrain_kernels.announce import say_once
 from memtrain_kernels.lookup.checks import Arrays
-from memtrain_kernels.lookup.product_key import product_key_topk
+from memtrain_kernels.lookup.product_key_lookup import product_key_lookup
 from memtrain_kernels.lookup.sharded_gather import EXCHANGES, sharded_weighted_gather
 from memtrain_kernels.lookup.weighted_gather import weighted_gather
 from memtrain_kernels.partition import Partition, current_partition
@@ -124,27 +124,27 @@ def partitioned_weighted_gather(
     )(jnp.asarray(table), jnp.asarray(slots), jnp.asarray(weights))
 
 
-def partitioned_product_key_topk(
-    scores_1: Arrays, scores_2: Arrays, top_k: int
+def partitioned_product_key_lookup(
+    queries: Arrays, half_keys: Arrays, top_k: int
 ) -> tuple[jax.Array, jax.Array]:
-    """`product_key_topk` of scores [B, T, H, N], of each device's own tokens and heads.
+    """`product_key_lookup` of queries [B, T, H, 2, D], of each device's own tokens and heads.
 
-    Under `partitioned`; otherwise it is `product_key_topk`.
+    Under `partitioned`; otherwise it is `product_key_lookup`.
     """
     part = current_partition()
     outer = set(jax.sharding.get_abstract_mesh().manual_axes)
     if part is None or part.mesh.size == 1 or outer == set(part.mesh.shape):
-        return product_key_topk(scores_1, scores_2, top_k)
-    B, T, H, _ = scores_1.shape
+        return product_key_lookup(queries, half_keys, top_k)
+    B, T, H, _, _ = queries.shape
     heads = part.axes(_without(outer, part.heads), H)
-    spec = PartitionSpec(*_token_axes(part, outer, B, T), heads, None)
+    found = PartitionSpec(*_token_axes(part, outer, B, T), heads, None)
     return jax.shard_map(
-        lambda one, two: product_key_topk(one, two, top_k),
+        lambda q, keys: product_key_lookup(q, keys, top_k),
         **_over(part, outer),
-        in_specs=(spec, spec),
-        out_specs=(spec, spec),
+        in_specs=(PartitionSpec(*found, None), PartitionSpec(None, heads)),
+        out_specs=(found, found),
         check_vma=False,
-    )(scores_1, scores_2)
+    )(jnp.asarray(queries), jnp.asarray(half_keys))
 
 
 def _token_axes(

@@ -39,13 +39,20 @@ def product_key_topk(scores_1: Arrays, scores_2: Arrays, top_k: int) -> tuple[Ar
         raise ValueError(f"top_k={top_k} must be between 1 and the {n} half-keys")
     scores_1, scores_2 = jnp.asarray(scores_1), jnp.asarray(scores_2)
     i, j = (best_columns(scores, top_k) for scores in (scores_1, scores_2))
+    return best_pairs(take(scores_1, i), take(scores_2, j), i, j, n)
+
+
+def best_pairs(half_1: Array, half_2: Array, i: Array, j: Array, n: int) -> tuple[Array, Array]:
+    """Scores and slots [..., k] of the best sums of two halves' best scores [..., k], best first,
+    which are those of half-slots i and j of n."""
+    top_k = half_1.shape[-1]
     # Kept apart: fused, XLA on CPU would gather the halves anew for every sum.
-    halves = lax.optimization_barrier((_take(scores_1, i), _take(scores_2, j)))
+    halves = lax.optimization_barrier((half_1, half_2))
     sums = lax.optimization_barrier(_sums(*halves))
     pair = best_columns(sums, top_k)
     a, b = _pairs(top_k)
     slots = i[..., a] * n + j[..., b]
-    return _take(sums, pair), _take(slots, pair)
+    return take(sums, pair), take(slots, pair)
 
 
 @functools.cache
@@ -77,7 +84,7 @@ def _sums_jvp(primals, tangents):
     return _sums(*primals), parts[0] + parts[1]
 
 
-def _take(x: Array, columns: Array) -> Array:
+def take(x: Array, columns: Array) -> Array:
     """x[..., columns], the columns of a row all different: its transpose needs no atomics."""
     rows, last = tuple(range(x.ndim - 1)), (x.ndim - 1,)
     return lax.gather(

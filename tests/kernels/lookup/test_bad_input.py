@@ -9,6 +9,7 @@ import pytest
 from memtrain_kernels.lookup import (
     memory_topk,
     merge_row_gradients,
+    product_key_lookup,
     product_key_topk,
     weighted_gather,
     weighted_gather_row_gradients,
@@ -52,6 +53,18 @@ def test_memory_topk(change, message):
     arguments: dict[str, Any] = {"queries": Q, "keys": KEYS, "top_k": 2} | change
     with pytest.raises(ValueError, match=message):
         memory_topk(**arguments)
+
+
+def test_product_key_lookup():
+    keys = jnp.zeros((2, 3, 5, 4))
+    with pytest.raises(ValueError, match=r"queries has shape .* give \[\.\.\., 3, 2, 4\]"):
+        product_key_lookup(jnp.zeros((7, 3, 4)), keys, 1)
+    with pytest.raises(ValueError, match=r"half_keys has shape .* give \[2, H, N, D\]"):
+        product_key_lookup(jnp.zeros((7, 3, 2, 4)), keys[0], 1)
+    with pytest.raises(ValueError, match="top_k"):
+        product_key_lookup(jnp.zeros((7, 3, 2, 4)), keys, 6)
+    with pytest.raises(ValueError, match="queries"):
+        product_key_lookup(jnp.zeros((7, 3, 2, 4), int), keys, 1)
 
 
 def test_product_key_topk():

@@ -1,6 +1,7 @@
 """Product-key top-k against all sums in NumPy."""
 
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from memtrain_kernels.lookup import product_key, product_key_topk
+from memtrain_kernels.lookup import product_key, product_key_lookup, product_key_topk
 
 
 best_pairs = jax.jit(product_key_topk, static_argnums=2)
@@ -96,3 +97,50 @@ def test_gradient_of_the_scores_reaches_the_selected_halves_alone():
         atol=5e-2,
         rtol=5e-2,
     )
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_lookup_from_queries_is_that_of_all_sums(chunked, monkeypatch):
+    """Scores, slots and gradients against float64; in chunks, with one that is not full."""
+    rng = np.random.default_rng(2)
+    heads, n, dim, k = 2, 12, 4, 5
+    q = rng.standard_normal((3, 7, heads, 2, dim))
+    keys = rng.standard_normal((2, heads, n, dim))
+    weights = rng.standard_normal((3, 7, heads, k))
+    if chunked:  # 4 of 21 queries at a time
+        module = sys.modules["memtrain_kernels.lookup.product_key_lookup"]
+        monkeypatch.setattr(module, "SCORE_BYTES", 4 * 2 * heads * n * 4 + 3)
+
+    @jax.jit
+    def run(q, keys):
+        def loss(q, keys):
+            best, slots = product_key_lookup(q, keys, k)
+            return jnp.sum(best * weights), (best, slots)
+
+        (_, found), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(q, keys)
+        return *found, *grads
+
+    given = [jnp.asarray(x, jnp.float32) for x in (q, keys)]
+    best, slots, d_q, d_keys = run(*given)
+    halves = np.einsum("...hsd,shnd->s...hn", q, keys)
+    want, wanted = all_sums(halves[0], halves[1], k)
+    np.testing.assert_array_equal(slots, wanted)
+    np.testing.assert_allclose(best, want, atol=1e-5)
+    dq, dk = np.zeros_like(q), np.zeros_like(keys)
+    for *at, h, p in np.ndindex(*wanted.shape):
+        w = weights[*at, h, p]
+        for s, i in enumerate(divmod(wanted[*at, h, p], n)):
+            dq[*at, h, s] += w * keys[s, h, i]
+            dk[s, h, i] += w * q[*at, h, s]
+    np.testing.assert_allclose(d_q, dq, atol=1e-5)
+    np.testing.assert_allclose(d_keys, dk, atol=1e-5)
+    whole = f"x{3 * 7}x{n}xf32"
+    assert (whole in run.lower(*given).as_text()) == (not chunked)
+
+
+def test_no_half_scores_are_kept_for_the_gradient():
+    """What is as wide as the half-keys is formed once, forward."""
+    q, keys = jnp.ones((64, 1, 2, 4)), jnp.ones((2, 1, 48, 4))
+    grad = jax.grad(lambda q, keys: product_key_lookup(q, keys, 3)[0].sum(), (0, 1))
+    dots = re.findall(r"dot_general.*-> tensor<([^>]+)>", jax.jit(grad).lower(q, keys).as_text())
+    assert sum("48" in shape for shape in dots) == 1

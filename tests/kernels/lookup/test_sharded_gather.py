@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from memtrain_kernels import (
     gather_costs,
     partitioned,
-    partitioned_product_key_topk,
+    partitioned_product_key_lookup,
     partitioned_weighted_gather,
-    product_key_topk,
+    product_key_lookup,
     sharded_weighted_gather,
     tables_over,
     weighted_gather,
@@ -271,24 +271,35 @@ def test_what_does_not_divide_is_left_whole_and_said_once(caplog, monkeypatch):
     ]
 
 
-def test_the_top_k_stays_with_its_tokens():
+def test_the_lookup_stays_with_its_tokens():
     """XLA alone would gather the scores of all tokens."""
     mesh = mesh_of(**FOUR)
-    sharding = NamedSharding(mesh, P("fsdp", "context", "tensor"))
     rng = np.random.default_rng(1)
-    one, two = (jnp.asarray(rng.standard_normal((2, 4, 2, 9)), jnp.float32) for _ in range(2))
+    queries, keys, weights = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((2, 4, 2, 2, 5), (2, 2, 9, 5), (2, 4, 2, 3))
+    )
 
-    def run(one, two):
+    def told(queries, keys):
         with partitioned(mesh, batch=("data", "fsdp"), heads=("tensor",), sequence="context"):
-            return partitioned_product_key_topk(one, two, 3)
+            return partitioned_product_key_lookup(queries, keys, 3)
 
-    shares = [jax.device_put(scores, sharding) for scores in (one, two)]
-    compiled = jax.jit(run).lower(*shares).compile()
+    def gradients(lookup):
+        return jax.grad(lambda q, k: jnp.sum(lookup(q, k)[0] * weights), (0, 1))
+
+    shares = (
+        jax.device_put(queries, NamedSharding(mesh, P("fsdp", "context", "tensor"))),
+        jax.device_put(keys, NamedSharding(mesh, P(None, "tensor"))),
+    )
+    compiled = jax.jit(told).lower(*shares).compile()
     text = compiled.as_text()
     assert text is not None and "all-gather" not in text
-    found = compiled(*shares)
-    for ours, theirs in zip(found, product_key_topk(one, two, 3), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    plain = lambda q, k: product_key_lookup(q, k, 3)  # noqa: E731
+    for ours, theirs in zip(compiled(*shares), jax.jit(plain)(queries, keys), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    found, want = jax.jit(gradients(told))(*shares), jax.jit(gradients(plain))(queries, keys)
+    for ours, theirs in zip(found, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_untold_it_is_the_plain_gather():

@@ -1,0 +1,105 @@
+"""Product-key lookup from queries and half-keys: half-scores are formed a few tokens at a time.
+
+All that a gradient needs of them are the best k of each half, so none is kept, or formed again
+backward: there, a query's halves are a bag of the half-keys that they picked, and half-keys get
+sums over their bags.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from memtrain_kernels.lookup.bag_gradient import sum_by_row
+from memtrain_kernels.lookup.checks import Arrays, check_count, check_dtype
+from memtrain_kernels.lookup.product_key import best_pairs, take
+from memtrain_kernels.lookup.topk import best_columns
+from memtrain_kernels.lookup.weighted_gather import bag
+from memtrain_kernels.varying import vary_alike
+
+
+# Half-scores that exist at the same time, of all heads and both halves.
+SCORE_BYTES = 2**25
+
+
+def product_key_lookup(queries: Arrays, half_keys: Arrays, top_k: int) -> tuple[Array, Array]:
+    """The `top_k` best of all sums q1 . K1[i] + q2 . K2[j], for each query of each head.
+
+    Args:
+        queries: [..., H, 2, D], both halves. half_keys: [2, H, N, D]. 1 <= top_k <= N.
+    Returns:
+        scores float32 [..., H, k] (float64 for float64 operands), best first; slots int32
+        [..., H, k] = i * N + j. The order is that of `product_key_topk`. Gradients of the scores
+        reach the queries and the half-keys that were picked, in fixed order and without atomics.
+    Raises ValueError for shapes and dtypes that do not fit.
+    """
+    for name, x in (("queries", queries), ("half_keys", half_keys)):
+        check_dtype(name, x, jnp.floating, "a floating dtype")
+    if half_keys.ndim != 4 or half_keys.shape[0] != 2:
+        raise ValueError(f"half_keys has shape {half_keys.shape}: give [2, H, N, D]")
+    _, H, N, D = half_keys.shape
+    if queries.ndim < 3 or queries.shape[-3:] != (H, 2, D):
+        raise ValueError(f"queries has shape {queries.shape}: give [..., {H}, 2, {D}]")
+    check_count("top_k", top_k, 1, N)
+    q_MH2D, keys_2HND = vary_alike(
+        jnp.asarray(queries).reshape(-1, H, 2, D), jnp.asarray(half_keys)
+    )
+    M = q_MH2D.shape[0]
+    q_GMD = q_MH2D.transpose(2, 1, 0, 3).reshape(2 * H, M, D)
+    scores_GMk, columns_GMk = _halves(top_k, q_GMD, keys_2HND.reshape(2 * H, N, D))
+    # [M, H, k] of each half.
+    scores, columns = (
+        x.reshape(2, H, M, top_k).transpose(0, 2, 1, 3) for x in (scores_GMk, columns_GMk)
+    )
+    best, slots = best_pairs(scores[0], scores[1], columns[0], columns[1], N)
+    shape = (*queries.shape[:-2], top_k)
+    return best.reshape(shape), slots.reshape(shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _halves(top_k: int, q_GMD: Array, keys_GND: Array) -> tuple[Array, Array]:
+    """Scores and columns [G, M, k] of the best keys of each query, best first."""
+    G, M, D = q_GMD.shape
+    dtype = jnp.result_type(q_GMD.dtype, keys_GND.dtype, jnp.float32)
+
+    def pick(q_GCD: Array) -> tuple[Array, Array]:
+        # Keys last, as top-k wants them.
+        scores_GCN = lax.dot_general(
+            q_GCD, keys_GND, (((2,), (2,)), ((0,), (0,))), preferred_element_type=dtype
+        )
+        columns = best_columns(scores_GCN, top_k)
+        return take(scores_GCN, columns), columns
+
+    chunk = max(1, SCORE_BYTES // (G * keys_GND.shape[1] * dtype.itemsize))
+    count = -(-M // chunk)
+    if count <= 1:
+        return pick(q_GMD)
+    chunk = -(-M // count)
+    padded = jnp.pad(q_GMD, ((0, 0), (0, count * chunk - M), (0, 0)))
+    found = lax.map(pick, padded.reshape(G, count, chunk, D).swapaxes(0, 1))
+    scores, columns = (x.swapaxes(0, 1).reshape(G, count * chunk, -1)[:, :M] for x in found)
+    return scores, columns
+
+
+def _forward(top_k, q_GMD, keys_GND):
+    scores, columns = _halves(top_k, q_GMD, keys_GND)
+    return (scores, columns), (q_GMD, keys_GND, columns)
+
+
+def _backward(top_k, saved, cotangents):
+    q_GMD, keys_GND, columns_GMk = saved
+    (G, M, D), N = q_GMD.shape, keys_GND.shape[1]
+    slots = columns_GMk + N * jnp.arange(G, dtype=jnp.int32)[:, None, None]
+    slots, d_scores = (x.reshape(G * M, top_k) for x in (slots, cotangents[0]))
+    d_q = bag(keys_GND.reshape(G * N, D), slots, d_scores)
+    d_keys = sum_by_row(slots, d_scores, q_GMD.reshape(G * M, D), G * N)
+    return (
+        d_q.reshape(q_GMD.shape).astype(q_GMD.dtype),
+        d_keys.reshape(keys_GND.shape).astype(keys_GND.dtype),
+    )
+
+
+_halves.defvjp(_forward, _backward)
