@@ -128,7 +128,7 @@ def _page(run: Path, measured: Measured, lines: list[dict], images: dict[str, by
     page.facts(_facts(measured))
     _remembering(page, measured, images)
     _learning(page, measured, images)
-    _tables(page, measured, images)
+    _tables(page, measured, images, lines)
     if "throughput" in images:
         page.section("Speed")
         page.image(images["throughput"], "Tokens a second and goodput over training")
@@ -237,10 +237,12 @@ def _learning(page: Page, measured: Measured, images: dict[str, bytes]) -> None:
         page.image(images["positions"], "Bits per byte by tokens of context")
 
 
-def _tables(page: Page, measured: Measured, images: dict[str, bytes]) -> None:
+def _tables(page: Page, measured: Measured, images: dict[str, bytes], lines: list[dict]) -> None:
     if "slots" in images:
         page.section("The key-value table")
         page.image(images["slots"], "Slots used over training and distribution of slot usage")
+    for line in _dead_rows(lines):
+        page.paragraph(line)
     columns = ["slot", "share of weight", "specific", "where it fires (the token read is marked)"]
     for reads, top, specific in measured.tables:
         for title, found in (("most read", top), ("most specific", specific)):
@@ -252,6 +254,18 @@ def _tables(page: Page, measured: Measured, images: dict[str, bytes]) -> None:
             "three tokens. Only slots read at least as much as the average one are listed.",
             faint=True,
         )
+
+
+def _dead_rows(lines: list[dict]) -> list[str]:
+    """What the newest counts of the optimizer say of rows that nothing reaches."""
+    newest = {name: value for line in lines for name, value in line.items()}
+    return [
+        f"Table {name.removeprefix('memory/tables.').removesuffix(end)!r}: {value:.1%} of the rows "
+        f"were never updated, {newest[name.removesuffix(end) + '.idle']:.1%} not in the last "
+        "1,000 steps."
+        for name, value in sorted(newest.items())
+        if name.endswith(end := ".never_updated")
+    ]
 
 
 def _baselines(page: Page, measured: Measured) -> None:

@@ -40,6 +40,7 @@ from memtrain.train.profile import Profiler
 from memtrain.train.run_dir import RunLock
 from memtrain.train.state import Plan, TrainState
 from memtrain.train.step import make_evaluation_step, make_train_step
+from memtrain.train.tables import usage
 
 
 Progress = Callable[[str], None]
@@ -291,6 +292,9 @@ class _Loop:
                 carry=self.plan.empty_carry(state.parameters),
                 bytes_per_token=self.bytes_per_token,
             )
+        if self.plan.tables.names:
+            shares = usage(state.optimizer.tables, step)
+            found |= {name: np.asarray(share).item() for name, share in shares.items()}
         self.writer.write(step, found)
         self.last |= {k: v for k, v in found.items() if isinstance(v, float)}
         name = "bits_per_byte" if "validation/bits_per_byte" in found else "accuracy"

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
@@ -145,6 +146,24 @@ class LazyTables:
             out_specs=specs,
             check_vma=False,
         )(table, moments, gradients, now)
+
+
+IDLE_STEPS = 1000
+"""A row that was not updated in so many steps counts as idle."""
+
+
+@jax.jit
+def usage(tables: Mapping[str, TableMoments], step: Array | int) -> dict[str, Array]:
+    """Shares of each table's rows, by metric: `never_updated`, and `idle` for more than
+    `IDLE_STEPS` steps (0 before there were so many).
+
+    tables: by parameter, after `step` steps.
+    """
+    found = {}
+    for name, moments in tables.items():
+        found[f"memory/{name}.never_updated"] = jnp.mean(moments.updates == 0)
+        found[f"memory/{name}.idle"] = jnp.mean(moments.last_step < step - IDLE_STEPS)
+    return found
 
 
 def scaled(gradient: Any, scale: Array) -> Any:

@@ -122,3 +122,17 @@ def test_what_is_of_lazy_updates_is_refused_without_them():
         OptimizerConfig(table_update="dense", table_rounding="master")
     with pytest.raises(ValueError, match="table_gradient=rows"):
         OptimizerConfig(table_update="dense", table_gradient="rows")
+
+
+def test_shares_of_rows_that_nothing_reaches_by_hand():
+    import jax.numpy as jnp
+
+    from memtrain.train.row_adam import TableMoments
+    from memtrain.train.tables import usage
+
+    zeros = jnp.zeros((4, 1))
+    moments = TableMoments(zeros, zeros, jnp.asarray([0, 3, 1, 9]), jnp.asarray([-1, 5, 999, 1500]))
+    found = usage({NAME: moments}, 1500)
+    assert float(found[f"memory/{NAME}.never_updated"]) == 0.25
+    assert float(found[f"memory/{NAME}.idle"]) == 0.5
+    assert float(usage({NAME: moments}, 900)[f"memory/{NAME}.idle"]) == 0
