@@ -37,6 +37,7 @@ from memtrain.train.keep import has_checkpoints
 from memtrain.train.metrics import FILE_NAME as METRICS
 from memtrain.train.metrics import MetricsWriter, need_tensorboard, read_lines
 from memtrain.train.profile import Profiler
+from memtrain.train.room import check_room, device_bytes
 from memtrain.train.run_dir import RunLock
 from memtrain.train.state import Plan, TrainState
 from memtrain.train.step import make_evaluation_step, make_train_step
@@ -112,6 +113,7 @@ def _train_one(
     if "fingerprint" in (run := records.read_run(run_dir)):
         check_fingerprint(run["fingerprint"], fingerprint)
     plan = Plan.of(experiment, _vocab_size(experiment, pipeline), mesh)
+    check_room(plan, device_bytes(jax.local_devices()[0]))
     if plan.tokens.why:
         say(plan.tokens.why)
     source = None
