@@ -9,6 +9,7 @@ import platform
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -24,10 +25,6 @@ def _set_jax_defaults() -> None:
     optimized = os.environ.get("MEMTRAIN_TEST_OPTIMIZED") == "1"
     if not optimized and "xla_backend_optimization_level" not in flags:
         flags = f"{flags} --xla_backend_optimization_level=0"
-    # As memtrain's own commands have it for simulated devices: operations begun beside each other
-    # take all threads, and two collectives that devices enter in different orders never end.
-    if "concurrency_optimized_scheduler" not in flags:
-        flags = f"{flags} --xla_cpu_enable_concurrency_optimized_scheduler=false"
     os.environ["XLA_FLAGS"] = flags.strip()
     # jax writes entries in place, so each worker keeps a folder of its own: a reader never meets
     # half an entry. The host is in the name since compiled code is for one kind of CPU.
@@ -63,3 +60,18 @@ _check_shapes()
 
 settings.register_profile("memtrain", derandomize=True, deadline=None, database=None)
 settings.load_profile("memtrain")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if folder := os.environ.get("MEMTRAIN_TEST_PROFILE"):
+        from cpu_profile import Profile
+
+        config.pluginmanager.register(Profile(Path(folder)))
+
+
+# Of a minute and more each: begun first, or one process would be at the last of them alone.
+LONGEST = ("laws/test_registry.py", "golden/test_golden.py", "train/test_processes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))

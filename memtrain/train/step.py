@@ -131,7 +131,10 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, carry, memory, grads = loss_and_gradients(state.parameters, batch, state.carry)
-        weight = jnp.sum(batch.loss_weights)
+        # After the gradients: simulated devices would enter this sum and those of a loop over parts
+        # of the batch in different orders, and wait for each other for ever.
+        weights, loss = jax.lax.optimization_barrier((batch.loss_weights, loss))
+        weight = jnp.sum(weights)
         scale = 1.0 / jnp.maximum(weight, 1e-9)
         loss = loss * scale
         grads = {n: scaled(g, scale) for n, g in grads.items()}

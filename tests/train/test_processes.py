@@ -109,8 +109,8 @@ FEW = ["train.num_steps=6", "train.log_every_steps=1", "train.checkpoint_every_s
         # A row over two processes; one over both devices of each; every device a process.
         (2, 2, ["mesh.context=4"]),
         (2, 2, ["mesh.fsdp=2", "mesh.context=2"]),
-        (4, 1, ["mesh.data=2", "mesh.context=2"]),
         (4, 1, ["mesh.context=2", "mesh.tensor=2", "mesh.context_strategy=all_gather"]),
+        pytest.param(4, 1, ["mesh.data=2", "mesh.context=2"], marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -40,11 +40,13 @@ def run(folder: Path, steps: int, window: str) -> None:
     train(experiment, folder, progress=lambda line: None)
 
 
+@pytest.mark.full
 def test_the_window_is_traced_and_no_more(traced, tmp_path):
     run(tmp_path, 6, "2,4")
     assert traced == ["start", "2", "3", "4", "stop"]
 
 
+@pytest.mark.full
 def test_a_run_that_resumes_inside_the_window_traces_the_rest(traced, tmp_path):
     run(tmp_path, 5, "")
     assert traced == []
@@ -52,6 +54,7 @@ def test_a_run_that_resumes_inside_the_window_traces_the_rest(traced, tmp_path):
     assert traced == ["start", "5", "6", "7", "stop"]
 
 
+@pytest.mark.full
 def test_a_run_that_ends_inside_the_window_ends_the_trace(traced, tmp_path):
     run(tmp_path, 4, "2,50")
     assert traced == ["start", "2", "3", "stop"]

@@ -78,6 +78,7 @@ def test_more_steps_later_are_the_same_steps(unbroken, tmp_path):
     assert steps == sorted(steps) and len(set(steps)) == 12
 
 
+@pytest.mark.full
 def test_carried_memory_is_part_of_the_checkpoint(tmp_path):
     config = experiment(function="carried")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -234,6 +235,7 @@ def test_bad_input_writes_nothing(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 def test_several_seeds_of_one_recipe(tmp_path):
     config = experiment("train.num_steps=6")
     result = train(config, tmp_path, seeds=[3, 4], progress=quiet)
@@ -252,6 +254,7 @@ def test_several_seeds_of_one_recipe(tmp_path):
     assert set(more) == set(result)
 
 
+@pytest.mark.full
 def test_init_from_a_run_takes_what_fits(unbroken, tmp_path):
     run, _ = unbroken
     config = experiment(f"train.init_from={run}")
@@ -271,6 +274,7 @@ def test_init_from_a_run_takes_what_fits(unbroken, tmp_path):
     assert "unused: unembedding.weight" in "\n".join(said)
 
 
+@pytest.mark.full
 def test_init_from_an_artifact_and_from_nothing(unbroken, tmp_path):
     run, _ = unbroken
     export(run, tmp_path / "model.mtx", programs=False)
@@ -286,6 +290,7 @@ def test_init_from_an_artifact_and_from_nothing(unbroken, tmp_path):
         assert not (tmp_path / "x").exists(), "a corrected command must not find another run"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("lag", [0, 4])
 def test_no_step_is_told_before_the_save_that_it_must_not_outrun(tmp_path, monkeypatch, lag):
     """With saves made slow, the newest step on disk is never further behind than was asked for."""

@@ -44,60 +44,59 @@ def product_key_lookup(queries: Arrays, half_keys: Arrays, top_k: int) -> tuple[
     if queries.ndim < 3 or queries.shape[-3:] != (H, 2, D):
         raise ValueError(f"queries has shape {queries.shape}: give [..., {H}, 2, {D}]")
     check_count("top_k", top_k, 1, N)
-    q_MH2D, keys_2HND = vary_alike(
-        jnp.asarray(queries).reshape(-1, H, 2, D), jnp.asarray(half_keys)
+    queries, half_keys = vary_alike(jnp.asarray(queries), jnp.asarray(half_keys))
+    # G: heads, and the two halves of each. Queries are not laid out anew, they are many.
+    q_MGD = queries.reshape(-1, 2 * H, D)
+    keys_GND = half_keys.swapaxes(0, 1).reshape(2 * H, N, D)
+    scores, columns = (x.reshape(-1, H, 2, top_k) for x in _halves(top_k, q_MGD, keys_GND))
+    best, slots = best_pairs(
+        scores[..., 0, :], scores[..., 1, :], columns[..., 0, :], columns[..., 1, :], N
     )
-    M = q_MH2D.shape[0]
-    q_GMD = q_MH2D.transpose(2, 1, 0, 3).reshape(2 * H, M, D)
-    scores_GMk, columns_GMk = _halves(top_k, q_GMD, keys_2HND.reshape(2 * H, N, D))
-    # [M, H, k] of each half.
-    scores, columns = (
-        x.reshape(2, H, M, top_k).transpose(0, 2, 1, 3) for x in (scores_GMk, columns_GMk)
-    )
-    best, slots = best_pairs(scores[0], scores[1], columns[0], columns[1], N)
     shape = (*queries.shape[:-2], top_k)
     return best.reshape(shape), slots.reshape(shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _halves(top_k: int, q_GMD: Array, keys_GND: Array) -> tuple[Array, Array]:
-    """Scores and columns [G, M, k] of the best keys of each query, best first."""
-    G, M, D = q_GMD.shape
-    dtype = jnp.result_type(q_GMD.dtype, keys_GND.dtype, jnp.float32)
+def _halves(top_k: int, q_MGD: Array, keys_GND: Array) -> tuple[Array, Array]:
+    """Scores and columns [M, G, k] of the best keys of each query, best first."""
+    M, G, D = q_MGD.shape
+    dtype = jnp.result_type(q_MGD.dtype, keys_GND.dtype, jnp.float32)
 
-    def pick(q_GCD: Array) -> tuple[Array, Array]:
+    def pick(q_CGD: Array) -> tuple[Array, Array]:
         # Keys last, as top-k wants them.
         scores_GCN = lax.dot_general(
-            q_GCD, keys_GND, (((2,), (2,)), ((0,), (0,))), preferred_element_type=dtype
+            q_CGD, keys_GND, (((2,), (2,)), ((1,), (0,))), preferred_element_type=dtype
         )
         columns = best_columns(scores_GCN, top_k)
-        return take(scores_GCN, columns), columns
+        return take(scores_GCN, columns).swapaxes(0, 1), columns.swapaxes(0, 1)
 
-    chunk = max(1, SCORE_BYTES // (G * keys_GND.shape[1] * dtype.itemsize))
-    count = -(-M // chunk)
-    if count <= 1:
-        return pick(q_GMD)
+    fit = max(1, SCORE_BYTES // (G * keys_GND.shape[1] * dtype.itemsize))
+    least = -(-M // fit)
+    if least <= 1:
+        return pick(q_MGD)
+    # Chunks that are all full, if there are not many more of them for it.
+    count = next((c for c in range(least, 2 * least) if M % c == 0), least)
     chunk = -(-M // count)
-    padded = jnp.pad(q_GMD, ((0, 0), (0, count * chunk - M), (0, 0)))
-    found = lax.map(pick, padded.reshape(G, count, chunk, D).swapaxes(0, 1))
-    scores, columns = (x.swapaxes(0, 1).reshape(G, count * chunk, -1)[:, :M] for x in found)
+    padded = jnp.pad(q_MGD, ((0, count * chunk - M), (0, 0), (0, 0)))
+    found = lax.map(pick, padded.reshape(count, chunk, G, D))
+    scores, columns = (x.reshape(count * chunk, G, top_k)[:M] for x in found)
     return scores, columns
 
 
-def _forward(top_k, q_GMD, keys_GND):
-    scores, columns = _halves(top_k, q_GMD, keys_GND)
-    return (scores, columns), (q_GMD, keys_GND, columns)
+def _forward(top_k, q_MGD, keys_GND):
+    scores, columns = _halves(top_k, q_MGD, keys_GND)
+    return (scores, columns), (q_MGD, keys_GND, columns)
 
 
 def _backward(top_k, saved, cotangents):
-    q_GMD, keys_GND, columns_GMk = saved
-    (G, M, D), N = q_GMD.shape, keys_GND.shape[1]
-    slots = columns_GMk + N * jnp.arange(G, dtype=jnp.int32)[:, None, None]
-    slots, d_scores = (x.reshape(G * M, top_k) for x in (slots, cotangents[0]))
+    q_MGD, keys_GND, columns_MGk = saved
+    (M, G, D), N = q_MGD.shape, keys_GND.shape[1]
+    slots = columns_MGk + N * jnp.arange(G, dtype=jnp.int32)[:, None]
+    slots, d_scores = (x.reshape(M * G, top_k) for x in (slots, cotangents[0]))
     d_q = bag(keys_GND.reshape(G * N, D), slots, d_scores)
-    d_keys = sum_by_row(slots, d_scores, q_GMD.reshape(G * M, D), G * N)
+    d_keys = sum_by_row(slots, d_scores, q_MGD.reshape(M * G, D), G * N)
     return (
-        d_q.reshape(q_GMD.shape).astype(q_GMD.dtype),
+        d_q.reshape(q_MGD.shape).astype(q_MGD.dtype),
         d_keys.reshape(keys_GND.shape).astype(keys_GND.dtype),
     )
 
