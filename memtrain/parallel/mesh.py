@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +14,10 @@ from jax.sharding import Mesh
 
 from memtrain.errors import BadInput
 from memtrain.parallel.config import AXES, MeshConfig
+from memtrain.parallel.torus import arranged
 
 
+logger = logging.getLogger(__name__)
 BATCH_AXES = ("data", "fsdp")
 
 
@@ -62,7 +66,41 @@ def mesh_of(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"the mesh uses {wanted} of {len(devices)} devices of {jax.process_count()} processes; "
             "a job of several processes uses all its devices"
         )
-    return Mesh(np.asarray(devices[:wanted]).reshape(shape), AXES)
+    return Mesh(ordered(config, devices[:wanted]), AXES)
+
+
+def ordered(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """The devices of a job [data, fsdp, context, tensor], as many as the mesh wants.
+
+    On TPU by their places on the torus, so that neighbours along `context` are joined by a link;
+    slices lie along `data` first. Elsewhere in JAX's order. Rows of the batch stay on whole
+    processes where JAX's order has them there.
+    """
+    shape = tuple(config.sizes.values())
+    plain = np.asarray(devices).reshape(shape)
+    if devices[0].platform != "tpu":
+        return plain
+    mesh = arranged(shape, devices, ring=AXES.index("context"))
+    if mesh is None:
+        logger.warning(
+            "the mesh %s cannot lie on these %d TPU chips as on a torus: they keep JAX's order, "
+            "in which neighbours along context may be links apart",
+            config.sizes,
+            len(devices),
+        )
+        return plain
+    if _scattered(mesh):
+        # `local_rows` wants the rows of a process together.
+        rows = mesh.reshape(math.prod(shape[:2]), -1)
+        mesh = rows[np.argsort(_processes(rows).min(axis=1), kind="stable")].reshape(shape)
+    if _scattered(mesh) and not _scattered(plain):
+        logger.warning(
+            "the mesh %s lies on the torus in such a way that a process's rows are not together: "
+            "the chips keep JAX's order, in which neighbours along context may be links apart",
+            config.sizes,
+        )
+        return plain
+    return mesh
 
 
 def local_rows(mesh: Mesh) -> tuple[int, int]:
@@ -70,13 +108,32 @@ def local_rows(mesh: Mesh) -> tuple[int, int]:
 
     Processes whose devices hold parts of the same rows (along context or tensor) read the same.
     """
-    parts = mesh.devices.reshape(*mesh.devices.shape[:2], -1)
-    rows = parts.reshape(-1, parts.shape[-1])
     process = jax.process_index()
-    mine = [i for i, row in enumerate(rows) if any(d.process_index == process for d in row)]
-    if mine != list(range(mine[0], mine[-1] + 1)) or len(rows) % len(mine) or mine[0] % len(mine):
+    mine, count = _rows_of(mesh.devices, process)
+    if not _are_a_block(mine, count):
         raise BadInput(
-            f"the devices of process {process} hold rows {mine} of {len(rows)} row shards: a mesh "
+            f"the devices of process {process} hold rows {mine} of {count} row shards: a mesh "
             "whose data x fsdp parts fall on whole processes is wanted"
         )
-    return mine[0] // len(mine), len(rows) // len(mine)
+    return mine[0] // len(mine), count // len(mine)
+
+
+def _rows_of(mesh: np.ndarray, process: int) -> tuple[list[int], int]:
+    """The row shards that a process holds any part of, and how many there are."""
+    holds = (_processes(mesh) == process).any(axis=(2, 3)).ravel()
+    return np.flatnonzero(holds).tolist(), holds.size
+
+
+def _are_a_block(mine: list[int], count: int) -> bool:
+    together = mine == list(range(mine[0], mine[-1] + 1))
+    return together and count % len(mine) == 0 and mine[0] % len(mine) == 0
+
+
+def _scattered(mesh: np.ndarray) -> bool:
+    """Whether `local_rows` would refuse on some process."""
+    processes = np.unique(_processes(mesh))
+    return not all(_are_a_block(*_rows_of(mesh, int(process))) for process in processes)
+
+
+def _processes(devices: np.ndarray) -> np.ndarray:
+    return np.vectorize(lambda device: device.process_index, otypes=[int])(devices)

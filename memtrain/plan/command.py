@@ -63,7 +63,8 @@ def plan(
 
 def _check(experiment: Experiment, target: Target | None) -> None:
     if target is not None:
-        check_mesh(experiment.mesh, target)
+        train = experiment.train
+        check_mesh(experiment.mesh, target, train.batch_size // train.accumulation_steps)
     tokens_of(experiment)
 
 

@@ -70,6 +70,8 @@ class Compiled:
     """Outputs that take the place of donated arguments."""
     peak: int | None
     """The most that is live at once, where the compiler tells."""
+    allocated: int | None
+    """All that is set aside in main memory, where the compiler tells: what it refuses by."""
     flops: float | None
     """As the compiler counts: a loop's body once, kernels by their own estimate."""
     seconds: float
@@ -77,7 +79,14 @@ class Compiled:
 
     @property
     def total(self) -> int:
-        """Arguments, temporaries and the outputs that are new."""
+        """What a device must have: as the compiler says it, else arguments, temporaries and the
+        outputs that are new.
+
+        On TPU the second is more than the program takes (by a third for the flagship): temporaries
+        count there what is also laid in the place of outputs.
+        """
+        if self.allocated:
+            return self.allocated
         return self.arguments + self.temporaries + self.outputs - self.aliased
 
 
@@ -212,6 +221,7 @@ def _figures(compiled: Any, seconds: float) -> Compiled:
         temporaries=memory.temp_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         peak=getattr(memory, "peak_memory_in_bytes", None),
+        allocated=getattr(memory, "total_allocation_bytes", None),
         flops=None if flops is None or flops < 0 else float(flops),
         seconds=seconds,
         overlap=permute_overlap(compiled.as_text() or ""),

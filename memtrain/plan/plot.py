@@ -12,7 +12,22 @@ from memtrain.files import write_whole
 
 
 FORMATS = (".png", ".svg")
-_COLOURS = (*PALETTE[:6], FAINT, "#7f3c8d", "#a3a3a3", "#d4d4d4")
+COLOURS = {
+    "parameters": PALETTE[0],
+    "optimizer": PALETTE[5],
+    "gradients": PALETTE[2],
+    "carry": "#7f3c8d",
+    "batch": PALETTE[3],
+    "activations": PALETTE[4],
+    "recomputed": PALETTE[1],
+    "working": FAINT,
+    "logits": "#b5651d",
+    "gathered_weights": "#a3a3a3",
+    "ring": "#d4d4d4",
+}
+"""Of each part, in all pictures alike."""
+_DECADES = 20
+"""Times that lie further apart are drawn on a logarithmic axis."""
 
 
 def check_plot(path: Path) -> None:
@@ -44,11 +59,13 @@ def draw(result: dict[str, Any], key: str, path: Path) -> None:
 
 
 def _memory(axes: Any, rows: list[dict[str, Any]], key: str, limit: float | None) -> None:
-    parts = list(dict.fromkeys(part for row in rows for part in row["parts"]))
+    found = {part for row in rows for part in row["parts"]}
+    parts = [part for part in COLOURS if part in found] + sorted(found - set(COLOURS))
     base = [0.0] * len(rows)
-    for part, colour in zip(parts, _COLOURS, strict=False):
+    for part in parts:
         heights = [row["parts"].get(part, 0) / 2**30 for row in rows]
         label = part.replace("_", " ")
+        colour = COLOURS.get(part, INK)
         axes.bar(range(len(rows)), heights, bottom=base, label=label, color=colour, width=0.7)
         base = [b + h for b, h in zip(base, heights, strict=True)]
     if limit is not None:
@@ -62,14 +79,32 @@ def _memory(axes: Any, rows: list[dict[str, Any]], key: str, limit: float | None
 def _time(axes: Any, rows: list[dict[str, Any]], key: str) -> None:
     seconds = [row["seconds"] for row in rows]
     axes.plot(range(len(rows)), seconds, color=PALETTE[0], marker="o")
+    before = None
     for i, row in enumerate(rows):
-        axes.annotate(row["bound"], (i, row["seconds"]), xytext=(0, 8),
-                      textcoords="offset points", ha="center", fontsize=9, color=FAINT)  # fmt: skip
-    axes.set_ylim(0, 1.2 * max(seconds))
+        # Said where it changes: beside every point, words would lie on each other.
+        if row["bound"] != before:
+            where = {"xytext": (9, -9), "textcoords": "offset points", "ha": "left"}
+            axes.annotate(row["bound"], (i, row["seconds"]), fontsize=9, color=FAINT, **where)
+        before = row["bound"]
+    if max(seconds) > _DECADES * min(seconds):
+        axes.set_yscale("log")
+        axes.set_ylim(min(seconds) / 2, 3 * max(seconds))
+    else:
+        axes.set_ylim(0, 1.2 * max(seconds))
     _ticks(axes, rows, key)
     axes.set_title("Time of a step, s (and what bounds it)")
 
 
 def _ticks(axes: Any, rows: list[dict[str, Any]], key: str) -> None:
-    axes.set_xticks(range(len(rows)), [row[key] for row in rows])
+    axes.set_xticks(range(len(rows)), [short(row[key]) for row in rows])
     axes.set_xlabel(key)
+
+
+def short(value: str) -> str:
+    """Whole numbers of 1,024 and 1,048,576 as 8K and 1M: those of long rows lie on each other."""
+    if not value.isdecimal() or int(value) == 0:
+        return value
+    for unit, name in ((2**20, "M"), (2**10, "K")):
+        if int(value) % unit == 0:
+            return f"{int(value) // unit}{name}"
+    return value

@@ -110,8 +110,8 @@ def _compiled(result: dict[str, Any], shown: dict[str, Any]) -> None:
     if not found:
         return
     shown["compiler"] = (
-        f"{gib(found['bytes_per_device'])}: arguments {gib(found['arguments'])}, temporaries "
-        f"{gib(found['temporaries'])}, new outputs {gib(found['outputs'] - found['aliased'])}; "
+        f"{gib(found['bytes_per_device'])}: arguments {gib(found['arguments'])}, the rest "
+        f"{gib(found['bytes_per_device'] - found['arguments'])}; "
         f"the estimate is {found['estimate_over_compiler']:.0%} of it; "
         f"compiled in {found['seconds']:.0f} s"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from memtrain.errors import BadInput
@@ -50,18 +51,25 @@ def parse_target(text: str) -> Target:
     return Target(text, device, sizes)
 
 
-def check_mesh(mesh: MeshConfig, target: Target) -> None:
-    """Raises BadInput where the mesh has another number of devices than the target."""
+def check_mesh(mesh: MeshConfig, target: Target, rows: int | None = None) -> None:
+    """Raises BadInput where the mesh has another number of devices than the target.
+
+    rows: of the batch that are read at once; what is proposed divides them.
+    """
     if mesh.num_devices == target.num_devices:
         return
     product = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items())
-    rest = mesh.num_devices // mesh.fsdp
-    hint = (
-        f"; mesh.fsdp={target.num_devices // rest} makes it"
-        if target.num_devices % rest == 0
-        else ""
-    )
+    hint = next((f"; {setting} makes it" for setting in _that_make_it(mesh, target, rows)), "")
     raise BadInput(
         f"the mesh {product} takes {mesh.num_devices} devices and --target {target.text} has "
         f"{target.num_devices}{hint}"
     )
+
+
+def _that_make_it(mesh: MeshConfig, target: Target, rows: int | None) -> Iterator[str]:
+    """One axis changed: more rows at once first, then longer ones over more devices."""
+    for axis in ("fsdp", "data", "context"):
+        size, left = divmod(target.num_devices, mesh.num_devices // mesh.sizes[axis])
+        parts = mesh.data * mesh.fsdp // mesh.sizes[axis] * size if axis != "context" else 1
+        if not left and (rows is None or rows % parts == 0):
+            yield f"mesh.{axis}={size}"

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from memtrain.cli import main
+from memtrain.config import override
 from memtrain.plan.memory import estimate_memory
+from memtrain.plan.plot import COLOURS, short
+from memtrain.recipe import load_recipe
 
 
 RECIPES = Path(__file__).parent / "recipes.py"
@@ -40,9 +43,9 @@ def test_with_a_target_it_compiles_the_train_step(capsys: pytest.CaptureFixture[
     assert code == 0
     assert "compiling the train step for cpux2" in err
     found = told["compiled"]
-    assert found["bytes_per_device"] == (
-        found["arguments"] + found["temporaries"] + found["outputs"] - found["aliased"]
-    )
+    # All that is set aside: what comes in, what is new of what goes out, and what is between.
+    held = found["arguments"] + found["temporaries"] + found["outputs"] - found["aliased"]
+    assert found["bytes_per_device"] == found["allocated"] == pytest.approx(held, abs=1024)
     lives = ("parameters", "optimizer", "batch")
     expected = sum(told["memory"]["parts"][part]["device"] for part in lives)
     assert found["arguments"] == pytest.approx(expected, abs=512)
@@ -111,6 +114,19 @@ def test_the_longest_context_is_the_longest(capsys: pytest.CaptureFixture[str]):
         more = ["train.batch_size=1", f"train.seq_len={seq_len}"]
         _, told, _ = planned(capsys, f"{RECIPES}:large", *arguments, *more)
         assert told["memory"]["fits"] is fits
+
+
+def test_lengths_are_short_on_an_axis_and_every_part_has_a_colour_of_its_own():
+    values = ["8192", "1048576", "3145728", "1000", "0", "full"]
+    assert [short(value) for value in values] == ["8K", "1M", "3M", "1000", "0", "full"]
+    assert len(set(COLOURS.values())) == len(COLOURS)
+    platforms = ("cpu", "tpu")
+    large = load_recipe(f"{RECIPES}:large")
+    sharded = override(large, ["mesh.fsdp=2", "mesh.context=2", "train.accumulation_steps=2"])
+    for experiment in (load_recipe(f"{RECIPES}:small"), sharded):
+        for platform in platforms:
+            moments = estimate_memory(experiment, 32_768, platform).moments.values()
+            assert {part for moment in moments for part in moment} <= set(COLOURS)
 
 
 def test_a_sweep_is_a_line_each_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

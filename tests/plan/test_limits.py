@@ -63,7 +63,12 @@ def test_a_mesh_of_another_size_names_both_and_what_would_fit():
         error.value
     )
     with pytest.raises(BadInput, match=r"takes 3 devices and --target cpux8 has 8$"):
-        check_mesh(MeshConfig(context=3), parse_target("cpux8"))
+        check_mesh(MeshConfig(tensor=3), parse_target("cpux8"))
+    # One row cannot be split over fsdp: it is laid over more devices.
+    with pytest.raises(BadInput, match=r"; mesh\.context=128 makes it"):
+        check_mesh(MeshConfig(context=64), parse_target("v5p:4x4x8"), rows=1)
+    with pytest.raises(BadInput, match=r"; mesh\.fsdp=2 makes it"):
+        check_mesh(MeshConfig(context=64), parse_target("v5p:4x4x8"), rows=6)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 Each row of the table is `memtrain plan` with a target (experiments/flagship.py): the compiler's own
 memory beside the estimate, the ring's permutes that have a kernel to hide behind, the step's
-predicted time. A row that its compiler refuses is kept with the reason. Rows are compiled one after
-another, each in a process of its own, and written as they come: what was kept before is replaced
-row by row.
+predicted time. A row that its compiler refuses is kept with the reason. A row of several lengths is
+the longest that fits, found by bisection. Rows are compiled one after another, each in a process of
+its own, and written as they come: what was kept before is replaced row by row. --estimates makes
+the estimates of kept rows anew and leaves alone what compilers said.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One compilation. asserted: it has to fit; overlaps: all its permutes beside kernels."""
+    """One compilation. asserted: it has to fit; overlaps: all its permutes beside kernels.
+
+    lengths: first, last and step of the `train.seq_len` among which the longest that fits is
+    looked for.
+    """
 
     name: str
     function: str
@@ -41,6 +46,7 @@ class Row:
     settings: tuple[str, ...] = ()
     asserted: bool = True
     overlaps: bool = True
+    lengths: tuple[int, int, int] | None = None
 
 
 ROWS = (
@@ -49,23 +55,36 @@ ROWS = (
     Row("sixteen-million", "sixteen_million", "v5p:8x16x16"),
     # Short of memory, XLA on GPU runs permutes of the backward by themselves: counted, no more.
     Row("hopper-1024k", "hopper", "h200x8", overlaps=False),
+    Row(
+        "hopper-longest",
+        "hopper",
+        "h200x8",
+        overlaps=False,
+        lengths=(2**20 + 2**17, 2**21, 2**17),
+    ),
 )
 
 
-def compile_row(row: Row) -> dict[str, Any]:
+def compile_row(row: Row, seq_len: int | None) -> dict[str, Any]:
     """What `memtrain plan` says of the row, in this process; `refused` where its compiler does."""
-    from memtrain.commands import Plan
     from memtrain.errors import BadInput
 
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
-    recipe = f"{ROOT / RECIPE}:{row.function}"
-    command = Plan(recipe=recipe, target=row.target, set=row.settings)
-    shown = dataclasses.replace(command, no_compile=True).run()
+    shown = planned(row, seq_len, compiles=False)
     try:
-        shown = command.run()
+        shown = planned(row, seq_len, compiles=True)
     except BadInput as error:
         shown["refused"] = str(error)
     return _kept(shown)
+
+
+def planned(row: Row, seq_len: int | None, *, compiles: bool) -> dict[str, Any]:
+    """`memtrain plan --json` of the row."""
+    from memtrain.commands import Plan
+
+    settings = row.settings if seq_len is None else (*row.settings, f"train.seq_len={seq_len}")
+    recipe = f"{ROOT / RECIPE}:{row.function}"
+    return Plan(recipe=recipe, target=row.target, set=settings, no_compile=not compiles).run()
 
 
 def _kept(shown: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +106,8 @@ def _kept(shown: dict[str, Any]) -> dict[str, Any]:
     kept["step"] = {name: step[name] for name in names}
     if "refused" in shown:
         return kept | {"refused": shown["refused"]}
+    if "compiled" not in shown:
+        return kept
     compiled = shown["compiled"]
     return kept | {
         "compiled": compiled,
@@ -95,30 +116,74 @@ def _kept(shown: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_row(row: Row, minutes: float) -> dict[str, Any]:
-    """The row compiled in a process of its own, which may die: libtpu aborts, the kernel kills."""
+    """The row compiled; of several lengths, the longest that fits."""
     began = time.perf_counter()
-    command = [sys.executable, __file__, "--row", row.name]
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, timeout=60 * minutes, check=False
-        )
-    except subprocess.TimeoutExpired:
-        found = {"refused": f"not compiled after {minutes:g} minutes"}
-    else:
-        found = {"refused": f"the compiler's process ended with {done.returncode}"}
-        if done.returncode == 0:
-            found = json.loads(done.stdout.splitlines()[-1])
+    found = _compiled_apart(row, None, minutes) if row.lengths is None else _longest(row, minutes)
     return {
         **dataclasses.asdict(row),
         "recipe": f"{RECIPE}:{row.function}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": _versions(),
+        "versions": versions(),
         "wall_s": round(time.perf_counter() - began, 1),
         **found,
     }
 
 
-def _versions() -> dict[str, str]:
+def _compiled_apart(row: Row, seq_len: int | None, minutes: float) -> dict[str, Any]:
+    """In a process of its own, which may die: libtpu aborts, the kernel kills."""
+    command = [sys.executable, __file__, "--row", row.name]
+    command += [] if seq_len is None else ["--seq-len", str(seq_len)]
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, timeout=60 * minutes, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"refused": f"not compiled after {minutes:g} minutes"}
+    if done.returncode:
+        return {"refused": f"the compiler's process ended with {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _longest(row: Row, minutes: float) -> dict[str, Any]:
+    """What is kept of the longest that fits, and in `tried` what was compiled on the way to it."""
+    assert row.lengths is not None
+    first, last, step = row.lengths
+    lengths = range(first, last + 1, step)
+    found: dict[str, Any] = {"refused": f"not even {first:,} tokens fit"}
+    tried = []
+    fit, too_long = -1, len(lengths)
+    while too_long - fit > 1:
+        middle = (fit + too_long) // 2
+        one = _compiled_apart(row, lengths[middle], minutes)
+        fits = one.get("fits", False)
+        said = (
+            {"bytes_per_device": one["compiled"]["bytes_per_device"]} if "compiled" in one else {}
+        )
+        said |= {"refused": one["refused"]} if "refused" in one else {}
+        tried.append({"seq_len": lengths[middle], "fits": fits, **said})
+        print(f"aot: {row.name}: {tried[-1]}", file=sys.stderr, flush=True)
+        if fits:
+            fit, found = middle, one
+        else:
+            too_long = middle
+    return {**found, "tried": tried}
+
+
+def estimated_anew(kept: dict[str, Any]) -> dict[str, Any]:
+    """The kept row with the estimates of now beside what its compiler said."""
+    if "seq_len" not in kept:
+        return kept
+    row = next(row for row in ROWS if row.name == kept["name"])
+    seq_len = None if row.lengths is None else kept["seq_len"]
+    fresh = _kept(planned(row, seq_len, compiles=False))
+    kept = {**kept, **{name: fresh[name] for name in ("estimate", "step", "context")}}
+    if "compiled" in kept:
+        ratio = fresh["estimate"]["bytes_per_device"] / kept["compiled"]["bytes_per_device"]
+        kept["compiled"] = {**kept["compiled"], "estimate_over_compiler": ratio}
+    return kept
+
+
+def versions() -> dict[str, str]:
     found = {}
     for name in VERSIONS:
         try:
@@ -173,7 +238,21 @@ def as_page(rows: list[dict[str, Any]]) -> str:
         versions |= row["versions"]
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     parameters = max((row.get("num_parameters", 0) for row in rows), default=0)
-    return _PAGE.format(table="\n".join(lines), versions=said, parameters=f"{parameters:,}")
+    return _PAGE.format(
+        table="\n".join(lines),
+        versions=said,
+        parameters=f"{parameters:,}",
+        longest="".join(_about_longest(row) for row in rows if row.get("tried")),
+    )
+
+
+def _about_longest(row: dict[str, Any]) -> str:
+    step = row["lengths"][2]
+    tried = ", ".join(
+        f"{one['seq_len'] // 1024:,}K {'fits' if one['fits'] else 'does not'}"
+        for one in sorted(row["tried"], key=lambda one: one["seq_len"])
+    )
+    return f"Of `{row['target']}`'s rows one is the longest, in steps of {step:,}: {tried}.\n"
 
 
 _PAGE = """# What the compilers say of the flagship
@@ -184,10 +263,11 @@ Written by `tools/aot plan-table` and `tools/aot plan-table-hopper`: the whole t
 
 {table}
 
-The compiler's figure is arguments, temporaries and new outputs of one device's program, of what the
-device has. Permutes are counted in the compiled schedule, forward / backward, and a loop's body
-once; what is recomputed counts as backward. The predicted time is a roofline's (docs/plan.md),
-never a measurement. {versions}.
+The compiler's figure is all that one device's program sets aside, of what the device has:
+arguments, temporaries, and outputs that take no argument's place. Permutes are counted in the
+compiled schedule, forward / backward, and a loop's body once; what is recomputed counts as
+backward. The predicted time is a roofline's (docs/plan.md), never a measurement.
+{longest}{versions}.
 """
 
 
@@ -212,13 +292,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
         seen = compiled["permutes"][way]
         total = seen["synchronous"] + seen["asynchronous"]
         permutes.append(f"{seen['overlapping']} of {total}")
-    new = compiled["outputs"] - compiled["aliased"]
+    needed, arguments = compiled["bytes_per_device"], compiled["arguments"]
+    bound = "" if compiled.get("allocated") else "at most "
     return [
         *cells,
-        f"{compiled['bytes_per_device'] / GIB:.1f} of {has:.1f} (arguments "
-        f"{compiled['arguments'] / GIB:.1f}, temporaries {compiled['temporaries'] / GIB:.1f}, "
-        f"new outputs {new / GIB:.1f})",
-        f"{estimate / GIB:.1f} ({estimate / compiled['bytes_per_device']:.0%})",
+        f"{bound}{needed / GIB:.1f} of {has:.1f} (arguments {arguments / GIB:.1f}, the rest "
+        f"{(needed - arguments) / GIB:.1f})",
+        f"{estimate / GIB:.1f} ({estimate / needed:.0%}{' or more' if bound else ''})",
         "yes" if row["fits"] else "**no**",
         " / ".join(permutes),
         predicted,
@@ -247,10 +327,15 @@ def read(out: Path) -> list[dict[str, Any]]:
     found = []
     for kept in json.loads(out.read_text(encoding="utf-8"))["rows"]:
         row = asked.get(kept["name"])
-        compiled = ("function", "target", "settings")
-        if row is not None and all(list(row[k]) == list(kept[k]) for k in compiled):
+        compiled = ("function", "target", "settings", "lengths")
+        if row is not None and all(_same(row[k], kept.get(k)) for k in compiled):
             found.append({**kept, **row})
     return found
+
+
+def _same(asked: Any, kept: Any) -> bool:
+    """JSON has lists where there were tuples."""
+    return kept == (list(asked) if isinstance(asked, tuple) else asked)
 
 
 def main(tpu: bool = True) -> int:
@@ -262,12 +347,16 @@ def main(tpu: bool = True) -> int:
     parser.add_argument("--out", type=Path, help=f"the JSON (the kept one is {RESULTS.name})")
     parser.add_argument("--page", action="store_true", help=f"write docs/results/{PAGE.name} too")
     parser.add_argument("--minutes", type=float, default=180, help="that a row may take (180)")
+    parser.add_argument("--estimates", action="store_true", help="of kept rows; compile nothing")
     parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--seq-len", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row is not None:
         row = next(row for row in ROWS if row.name == options.row)
-        print(json.dumps(compile_row(row)))
+        print(json.dumps(compile_row(row, options.seq_len)))
         return 0
+    if options.estimates:
+        return _estimates(options.out or RESULTS, options.page)
     todo = [r for r in ROWS if r.target.startswith("v") == tpu and options.only in r.name]
     if not todo:
         print(f"aot: no row's name holds {options.only!r}", file=sys.stderr)
@@ -287,6 +376,16 @@ def main(tpu: bool = True) -> int:
     for line in wrong:
         print(f"WRONG {line}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _estimates(out: Path, page: bool) -> int:
+    rows = [estimated_anew(row) for row in read(out)]
+    write(rows, out)
+    for row in rows:
+        print(" | ".join(_cells(row)), flush=True)
+    if page:
+        PAGE.write_text(as_page(rows), encoding="utf-8")
+    return 1 if judge(rows) else 0
 
 
 # Here is no memtrain installed, only what it needs.

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -22,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 
@@ -158,23 +156,12 @@ def hops_of(case: Case, chips: int) -> int | None:
     return schedule.hops
 
 
-def overlap_parser() -> ModuleType:
-    """`memtrain.plan.overlap`, from its file: here is no memtrain, only jax and the kernels."""
-    path = Path(__file__).parents[2] / "memtrain" / "plan" / "overlap.py"
-    spec = importlib.util.spec_from_file_location("overlap", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["overlap"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def row_of(case: Case, mesh: Mesh, compiled: Any, seconds: float) -> dict:
     """What the compiled program says, in JSON's types."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if memory is None or text is None:
         raise RuntimeError(f"{case.name}: the compiler reports no memory or no program")
-    overlap = overlap_parser().permute_overlap(text)
+    overlap = tpu.of_memtrain("plan/overlap.py").permute_overlap(text)
     exchanges = ("all-gather", "all-to-all", "reduce-scatter")
     return {
         **dataclasses.asdict(case),
@@ -218,7 +205,7 @@ def control() -> dict:
     fn, arguments = bare_permute(mesh)
     with compiling_for("tpu", mesh.devices.flat[0].device_kind):
         lowered = jax.jit(fn).trace(*arguments).lower(lowering_platforms=("tpu",))
-    overlap = overlap_parser().permute_overlap(lowered.compile().as_text() or "")
+    overlap = tpu.of_memtrain("plan/overlap.py").permute_overlap(lowered.compile().as_text() or "")
     return {**dataclasses.asdict(overlap.forward), "kernels": overlap.kernels}
 
 

@@ -12,6 +12,7 @@ import argparse
 import datetime
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 
 # libtpu asks the network and the host about TPUs unless it is told; nothing here runs on one.
@@ -227,9 +229,25 @@ def refusal_of_a_big_table() -> str | None:
 
 
 def mesh_of(topology: str, chips: int | None = None) -> Mesh:
-    """One axis over so many chips of a slice; over all of them unless said."""
+    """One axis over so many chips of a slice; over all of them unless said, and then as training
+    would lay it, each chip linked to the next."""
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    return Mesh(np.array(devices[:chips]), ("context",))
+    if chips is not None:
+        return Mesh(np.array(devices[:chips]), ("context",))
+    ring = of_memtrain("parallel/torus.py").arranged((len(devices),), devices, ring=0)
+    assert ring is not None, f"{topology} is a cuboid"
+    return Mesh(ring, ("context",))
+
+
+def of_memtrain(file: str) -> ModuleType:
+    """A module from its file: here is no memtrain, only jax and the kernels."""
+    path = Path(__file__).parents[2] / "memtrain" / file
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def compile_case(case: Case) -> list[dict]:
