@@ -18,7 +18,8 @@ import quickstart
 
 from memtrain.config import Experiment
 from memtrain.description import LayerDescription
-from memtrain.layers import Attention, Block, ShortConv
+from memtrain.layers import Attention, ShortConv
+from memtrain.recipe import with_layers
 
 
 def recipe() -> Experiment:
@@ -38,35 +39,18 @@ def plain_keys() -> Experiment:
 
 
 def no_convolutions() -> Experiment:
-    base = plain_keys()
-    blocks = tuple(
-        block
-        for block in base.model.pattern
-        if not (isinstance(block, Block) and isinstance(block.mixer, ShortConv))
-    )
-    return dataclasses.replace(
-        base,
-        name="recall-early-no-convolutions",
-        model=dataclasses.replace(base.model, pattern=blocks),
-    )
+    def change(layer: LayerDescription) -> LayerDescription | None:
+        return None if isinstance(layer, ShortConv) else layer
+
+    return with_layers(plain_keys(), change, name="recall-early-no-convolutions")
 
 
 def _changed(name: str, **changes: Any) -> Experiment:
     """The quickstart with its full attention changed."""
-    base = quickstart.recipe()
 
-    def attention(layer: LayerDescription | None) -> LayerDescription | None:
+    def change(layer: LayerDescription) -> LayerDescription:
         if isinstance(layer, Attention) and layer.window is None:
             return dataclasses.replace(layer, **changes)
         return layer
 
-    pattern = tuple(
-        dataclasses.replace(block, mixer=attention(block.mixer))
-        for block in base.model.pattern
-        if isinstance(block, Block)
-    )
-    return dataclasses.replace(
-        base,
-        name=f"recall-early-{name}",
-        model=dataclasses.replace(base.model, pattern=pattern),
-    )
+    return with_layers(quickstart.recipe(), change, name=f"recall-early-{name}")

@@ -177,9 +177,12 @@ class Evaluate:
 
     target: Target
     """A run directory or an exported model."""
-    task: Annotated[Literal["bpb", "mqar", "recall", "reread"], _required]
-    """bpb: bits per byte by position in the context. mqar, recall: accuracy by distance. reread:
-    bits per byte of a text's first and second reading."""
+    task: Annotated[
+        Literal["associative", "bpb", "copy", "facts", "mqar", "recall", "reread"], _required
+    ]
+    """bpb: bits per byte by position in the context. associative, copy, mqar, recall: accuracy by
+    distance. facts: share of a table's facts that is recalled. reread: bits per byte of a text's
+    first and second reading."""
     data: Annotated[
         UseAppendAction[tuple[Path, ...]], arg(metavar="PATH", help_behavior_hint="(repeatable)")
     ] = ()

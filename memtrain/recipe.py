@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import inspect
@@ -16,7 +17,9 @@ from types import ModuleType
 from typing import Any
 
 from memtrain.config import Experiment, validated
+from memtrain.description import LayerDescription
 from memtrain.errors import BadInput
+from memtrain.model.config import Block
 from memtrain.schema import UnknownType, from_dict, nearest
 
 
@@ -88,6 +91,33 @@ def read_experiment(path: Path) -> Experiment:
     except ValueError as error:
         raise BadInput(f"{path} is not JSON: {error}") from error
     return from_dict(Experiment, data, source=str(path))
+
+
+def with_layers(
+    experiment: Experiment,
+    change: Callable[[LayerDescription], LayerDescription | None],
+    *,
+    name: str,
+) -> Experiment:
+    """The experiment under another name, with `change` made of every layer of its pattern.
+
+    What becomes None is left out, and a block that has nothing left with it. For recipes that are
+    another one with a layer exchanged.
+    """
+
+    def changed(layer: LayerDescription | None) -> LayerDescription | None:
+        return None if layer is None else change(layer)
+
+    pattern: list[Block | LayerDescription] = []
+    for entry in experiment.model.pattern:
+        if isinstance(entry, Block):
+            block = Block(mixer=changed(entry.mixer), ffn=changed(entry.ffn))
+            if block != Block():
+                pattern.append(block)
+        elif (layer := change(entry)) is not None:
+            pattern.append(layer)
+    model = dataclasses.replace(experiment.model, pattern=tuple(pattern))
+    return dataclasses.replace(experiment, name=name, model=model)
 
 
 def experiment_of_run(run: Path) -> Experiment:

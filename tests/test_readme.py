@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+@pytest.mark.full
 def test_the_snippet_runs():
     found = doctest.testfile(str(ROOT / "README.md"), module_relative=False, verbose=False)
     assert found.attempted >= 10

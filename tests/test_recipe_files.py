@@ -9,7 +9,7 @@ import pytest
 from memtrain.config import Experiment, to_dict
 from memtrain.errors import BadInput
 from memtrain.layers import Attention, Block, ModelConfig, ProductKeyMemory, Window
-from memtrain.recipe import experiment_of_run, load_module, load_recipe
+from memtrain.recipe import experiment_of_run, load_module, load_recipe, with_layers
 
 
 _HEAD = """
@@ -51,6 +51,23 @@ def test_a_recipe_imports_its_neighbours_and_leaves_the_path_alone(tmp_path: Pat
     before = list(sys.path)
     assert load_recipe(str(recipe_file(tmp_path, body))).name == "neighbour"
     assert sys.path == before
+
+
+def test_a_recipe_is_another_one_with_layers_exchanged():
+    table = ProductKeyMemory(num_slots=64, top_k=2)
+    pattern = (Window(8), Block(mixer=Attention(), ffn=table), Block(ffn=table), Block(mixer=table))
+    base = Experiment(name="base", model=ModelConfig(dim=32, pattern=pattern, repeats=2))
+
+    def change(layer):
+        if isinstance(layer, Attention):
+            return Window(16) if layer.window is None else layer
+        return None
+
+    changed = with_layers(base, change, name="other")
+    assert changed.model.pattern == (Window(8), Block(mixer=Window(16)))
+    assert changed.name == "other" and changed.model.repeats == 2 and changed.data == base.data
+    same = with_layers(base, lambda layer: layer, name="base")
+    assert same == base
 
 
 def test_a_run_s_configuration_is_a_recipe_too(tmp_path: Path):

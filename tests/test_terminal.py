@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from memtrain.terminal import progress
 
 
@@ -42,6 +44,7 @@ def test_a_terminal_gets_lines_as_they_are_above_a_bar():
     assert "1/60" in shown
 
 
+@pytest.mark.full
 def test_train_on_a_real_terminal(tmp_path):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "memtrain", "train", str(RECIPE), "--run-dir", str(tmp_path)]

@@ -8,13 +8,23 @@ from typing import Any
 import numpy as np
 
 from memtrain.data.batch import Batch, empty_row, stack_rows
-from memtrain.data.config import DataConfig
+from memtrain.data.config import (
+    AssociativeTask,
+    CopyTask,
+    DataConfig,
+    FactsTask,
+    GeneratedTask,
+    MqarTask,
+)
 from memtrain.data.corpus import Corpus, Documents, Split, build_corpus
-from memtrain.data.mqar import MqarBatch, MqarRows, check_mqar, mqar_rows
-from memtrain.data.recall import RecallRows, check_recall
-from memtrain.data.reread import RereadRows, check_reread
 from memtrain.data.rows import DocumentRows, MixedRows, PackedRows, Rows, Stream, num_rows
 from memtrain.data.seeded import derive
+from memtrain.data.tasks.distant import AssociativeRows, CopyRows
+from memtrain.data.tasks.facts import FactRows
+from memtrain.data.tasks.generated import Asked, GeneratedRows, stack_asked
+from memtrain.data.tasks.mqar import MqarRows
+from memtrain.data.tasks.recall import RecallRows, check_recall
+from memtrain.data.tasks.reread import RereadRows, check_reread
 from memtrain.data.tokenizer import Tokenizer, load_tokenizer
 from memtrain.errors import BadInput
 
@@ -38,7 +48,7 @@ class Pipeline:
 
     vocab_size: int
     tokenizer: Tokenizer | None
-    """None for MQAR, whose tokens are numbers."""
+    """None for a task that stands instead of text: its tokens are numbers."""
     rows_per_epoch: int
     """Samples after which every training token was read once (not counting a mixed-in task)."""
 
@@ -118,7 +128,7 @@ class Pipeline:
             )
         return self.batch_size // process_count
 
-    # What only text has; MQAR says so.
+    # What only text has; a task that stands instead of it says so.
 
     def validation_documents(self) -> list[tuple[str, np.ndarray]]:
         """Name and int32 tokens of every held-out document, in the corpus's order."""
@@ -139,7 +149,8 @@ class Pipeline:
         raise self._no_text()
 
     def _no_text(self) -> BadInput:
-        return BadInput("data.mqar reads no text; this asks for text")
+        names = ", ".join(f"data.{name}" for name in self._config.generated)
+        return BadInput(f"{names} reads no text; this asks for text")
 
 
 class TextPipeline(Pipeline):
@@ -236,52 +247,75 @@ class TextPipeline(Pipeline):
         return self.corpus.bytes_per_token(ids) if len(ids) else 1.0
 
 
-class MqarPipeline(Pipeline):
-    """MQAR instead of text."""
+_GENERATED: dict[type, Any] = {
+    MqarTask: MqarRows,
+    FactsTask: FactRows,
+    CopyTask: CopyRows,
+    AssociativeTask: AssociativeRows,
+}
+"""Makers of `GeneratedRows`: (task, seq_len, set_key=, order_key=)."""
+
+
+class GeneratedPipeline(Pipeline):
+    """A generated task instead of text."""
 
     tokenizer = None
 
     def __init__(
-        self, config: DataConfig, task: Any, *, seq_len: int, batch_size: int, seed: int
+        self,
+        config: DataConfig,
+        name: str,
+        task: GeneratedTask,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
     ) -> None:
-        self.task = task
+        self.name, self.task = name, task
         self.vocab_size = task.vocab_size
-        self.rows_per_epoch = task.num_train
         # The sets belong to data.seed alone: runs with other train seeds are asked the same.
-        self._set_key = derive("mqar", config.seed)
+        made: GeneratedRows = _GENERATED[type(task)](
+            task,
+            seq_len,
+            set_key=derive(name, config.seed),
+            order_key=derive(f"{name} order", config.seed, seed),
+        )
+        self.generated = made
+        self.rows_per_epoch = made.rows_per_epoch
         super().__init__(
             config,
             seq_len=seq_len,
             batch_size=batch_size,
             fingerprint={
                 **_common_fingerprint(config, seq_len, batch_size, seed),
-                "data.mqar": asdict(task),
+                f"data.{name}": _as_first_written(task),
             },
-            rows=MqarRows(
-                task,
-                seq_len,
-                set_key=self._set_key,
-                order_key=derive("mqar order", config.seed, seed),
-            ),
-            validation_rows=_MqarValidation(self),
-            num_validation_rows=task.num_validation,
+            rows=made,
+            validation_rows=_HeldOutRows(made),
+            num_validation_rows=made.num_held_out,
         )
 
-    def mqar_validation(self, begin: int, end: int) -> MqarBatch:
-        """Held-out rows begin .. end - 1 of `num_validation_rows`, with the queries' distances."""
-        indices = np.arange(begin, min(end, self.num_validation_rows))
-        return mqar_rows(
-            self.task, indices, seq_len=self.seq_len, key=self._set_key, split="validation"
-        )
+    def questions(self, begin: int, end: int) -> Asked:
+        """Held-out rows begin .. end - 1 of `num_validation_rows`, and how far back answers are."""
+        end = min(end, self.num_validation_rows)
+        return stack_asked([self.generated.held_out(index) for index in range(begin, end)])
 
 
-class _MqarValidation:
-    def __init__(self, pipeline: MqarPipeline) -> None:
-        self._pipeline = pipeline
+class _HeldOutRows:
+    def __init__(self, rows: GeneratedRows) -> None:
+        self._rows = rows
 
     def row(self, index: int) -> Batch:
-        batch = self._pipeline.mqar_validation(index, index + 1).batch
-        return Batch(*(leaf[0] for leaf in batch))
+        return self._rows.held_out(index).batch
+
+
+def _as_first_written(task: GeneratedTask) -> dict[str, Any]:
+    """The task's fields. Those that came later and change nothing as they are, are left out, so
+    that a run begun without them goes on."""
+    fields = asdict(task)
+    if isinstance(task, MqarTask) and not task.random_non_queries:
+        del fields["random_non_queries"]
+    return fields
 
 
 class _Samples:
@@ -340,9 +374,13 @@ def _check_config(config: DataConfig, seq_len: int, batch_size: int) -> None:
         raise BadInput(f"data.prefetch={config.prefetch}: it takes 0 (no thread) or more")
     mixed = {"data.recall": config.recall, "data.reread": config.reread}
     mixed_in = [name for name, task in mixed.items() if task is not None]
-    if config.mqar is not None and (mixed_in or config.order != "packed"):
+    instead = [f"data.{name}" for name in config.generated]
+    if len(instead) > 1:
+        raise BadInput(f"{' and '.join(instead)}: rows can hold one of them only")
+    if instead and (mixed_in or config.order != "packed"):
         raise BadInput(
-            'data.mqar goes neither with data.recall or data.reread nor with data.order="document"'
+            f"{instead[0]} goes neither with data.recall or data.reread nor with"
+            ' data.order="document"'
         )
     if mixed_in and config.order != "packed":
         raise BadInput(
@@ -373,7 +411,7 @@ def _check_size(config: DataConfig, train: Documents, seq_len: int, batch_size: 
 
 def build_pipeline(
     config: DataConfig, *, seq_len: int, batch_size: int, seed: int = 0
-) -> TextPipeline | MqarPipeline:
+) -> TextPipeline | GeneratedPipeline:
     """Open (on first use: build) what a run reads.
 
     Args:
@@ -381,14 +419,15 @@ def build_pipeline(
         batch_size: rows of the whole batch, over all processes.
         seed: the run's seed; with `config.seed` it sets the order of everything read.
     Raises:
-        BadInput: see `build_corpus`, `load_tokenizer`, `check_mqar`, `check_recall`; a corpus
-            smaller than a row; settings that do not go together.
+        BadInput: see `build_corpus`, `load_tokenizer` and the tasks' checks; a corpus smaller than
+            a row; settings that do not go together.
         StorageFailed: the cache cannot be written.
     """
     _check_config(config, seq_len, batch_size)
-    if config.mqar is not None:
-        check_mqar(config.mqar, seq_len)
-        return MqarPipeline(config, config.mqar, seq_len=seq_len, batch_size=batch_size, seed=seed)
+    for name, task in config.generated.items():
+        return GeneratedPipeline(
+            config, name, task, seq_len=seq_len, batch_size=batch_size, seed=seed
+        )
     tokenizer = load_tokenizer(config.tokenizer)
     if config.recall is not None:
         check_recall(config.recall, tokenizer, seq_len)

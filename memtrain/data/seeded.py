@@ -90,3 +90,19 @@ class Permutation:
             index = (left << half) | right
             if index < self.size:
                 return index
+
+    def of(self, indices: np.ndarray) -> np.ndarray:
+        """[n] int64: where each of the indices goes, at once."""
+        half, mask = np.uint64(self._half_bits), np.uint64((1 << self._half_bits) - 1)
+        assert not len(indices) or (indices.min() >= 0 and indices.max() < self.size)
+        found = np.asarray(indices).astype(np.uint64)
+        walking = np.ones(len(found), np.bool_)
+        while walking.any():
+            left, right = found[walking] >> half, found[walking] & mask
+            for key in self._keys:
+                z = (right + np.uint64(key)) * np.uint64(_GOLDEN)
+                z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
+                left, right = right, left ^ ((z >> np.uint64(32)) & mask)
+            found[walking] = (left << half) | right
+            walking = found >= self.size
+        return found.astype(np.int64)

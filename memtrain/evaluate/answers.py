@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memtrain.data.config import RecallTask
-from memtrain.data.recall import RecallExamples, line_bytes, recall_examples
+from memtrain.data.tasks.recall import RecallExamples, line_bytes, recall_examples
 from memtrain.data.tokenizer import Tokenizer
 from memtrain.decode.engine import Engine
 from memtrain.decode.sampling import Sampling, sample

@@ -130,7 +130,7 @@ def _reread_panels(part: Any, measured: Measured, settings: Sequence[str]) -> No
 
 def _distance_panel(panel: Axes, measured: Measured) -> None:
     """Accuracy against distance, one line a setting, and chance."""
-    is_mqar = measured.subject.experiment.data.mqar is not None
+    is_generated = bool(measured.subject.experiment.data.generated)
     seq_len = measured.subject.experiment.train.seq_len
     ends, right = [], 1.0
     for name, rows in measured.distance.items():
@@ -162,7 +162,7 @@ def _distance_panel(panel: Axes, measured: Measured) -> None:
         ends.append((x[-1], float(y[-1]), title_of(name), colour))
         right = max(right, x[-1])
     panel.axhline(measured.chance, color=FIRST, linestyle=":", linewidth=1.6)
-    if not is_mqar:
+    if not is_generated:
         panel.axvline(seq_len, color=FAINT, linestyle="--", linewidth=1.2)
         panel.text(
             seq_len, 1.045, "longest row of training ", ha="right", color=FAINT, fontsize=9.5

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from memtrain.data.pipeline import TextPipeline
-from memtrain.data.recall import RecallExamples
+from memtrain.data.tasks.recall import RecallExamples
 from memtrain.decode.engine import Engine
 from memtrain.errors import BadInput
-from memtrain.evaluate import bits, kinds, mqar, recall, slots
+from memtrain.evaluate import bits, generated, kinds, recall, slots
 from memtrain.evaluate.answers import (
     Answered,
     Sample,
@@ -95,8 +95,8 @@ def measure(
     )
     if len(labels) >= MAX_SETTINGS:
         measured.notes.append(f"not switched off: {', '.join(labels[MAX_SETTINGS - 1 :])}")
-    if subject.experiment.data.mqar is not None:
-        _measure_mqar(measured, budget)
+    for name in subject.experiment.data.generated:
+        _measure_generated(measured, name, budget)
         return measured
     with _noted(measured, "everything that takes held-out text"):
         held_out = subject.held_out()
@@ -237,17 +237,21 @@ def _recall(
     return rows
 
 
-def _measure_mqar(measured: Measured, budget: Budget) -> None:
+def _measure_generated(measured: Measured, task: str, budget: Budget) -> None:
     subject = measured.subject
-    task = subject.experiment.data.mqar
-    assert task is not None
-    questions = mqar.mqar_questions(subject, budget.mqar)
-    measured.chance = 2 / task.vocab_size
-    measured.tokens_scored = int((questions.distances > 0).sum())
+    questions = generated.task_questions(subject, task, budget.mqar)
+    measured.chance = generated.chance_of(subject.experiment.data.generated[task])
+    measured.tokens_scored = int(questions.asked.sum())
+    if not (questions.distances > 0).any():
+        # Where nothing is told in the row, accuracy has no distance to be drawn against.
+        measured.notes.append(
+            f"no answer of data.{task} is in the row: memtrain evaluate says more"
+        )
+        return
     for name in measured.settings:
         engine = subject.engine(without=() if name == ALL else (name,))
-        right = mqar.answer_mqar(engine, questions)
-        measured.distance[name] = mqar.mqar_accuracy(right, questions)
+        right = generated.answer_task(engine, questions)
+        measured.distance[name] = generated.accuracy_by_distance(right, questions)
 
 
 def _measure_baselines(measured: Measured, held_out: HeldOut, budget: Budget) -> None:

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 
 from memtrain.data.batch import stack_rows
 from memtrain.data.config import RecallTask
-from memtrain.data.recall import MARK, RecallRows, check_recall
 from memtrain.data.seeded import derive
+from memtrain.data.tasks.recall import MARK, RecallRows, check_recall
 from memtrain.data.tokenizer import Tokenizer
 from memtrain.decode.engine import Engine
 from memtrain.errors import BadInput

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from memtrain.errors import BadInput
-from memtrain.evaluate import bits, mqar, recall, reread
+from memtrain.evaluate import bits, generated, recall, reread
 from memtrain.evaluate.subject import Subject
 
 
-Task = Literal["bpb", "mqar", "recall", "reread"]
+Task = Literal["associative", "bpb", "copy", "facts", "mqar", "recall", "reread"]
 
 MAX_TOKENS = 1 << 18
 """Tokens that one evaluation reads; of more text a part is taken, spread evenly."""
@@ -30,7 +30,8 @@ def evaluate(
     """Measures a run's newest valid checkpoint, or an artifact.
 
     bpb: bits per byte of the held-out text (or of `data`), by tokens of context.
-    mqar, recall: answers right, by distance between what was told and the question.
+    facts: facts of a table, taught in training, answered right.
+    associative, copy, mqar, recall: answers right, by distance from what was told to the question.
     reread: bits per byte of held-out text (or of `data`) read a first and a second time.
     without: memories that are left out, see `memtrain.model.ablation`.
 
@@ -48,13 +49,14 @@ def evaluate(
         return found | _bits(subject, paths, without, max_tokens)
     if task == "recall":
         return found | _recall(subject, paths, without, max_tokens)
-    if task == "mqar":
-        if paths:
-            raise BadInput("--task mqar is generated and reads no --data")
-        return found | _mqar(subject, without, max_tokens)
     if task == "reread":
         return found | _reread(subject, paths, without, max_tokens)
-    raise BadInput(f"--task {task}: there are bpb, mqar, recall and reread")
+    if task in get_args(Task):
+        if paths:
+            raise BadInput(f"--task {task} is generated and reads no --data")
+        return found | _generated(subject, task, without, max_tokens)
+    *most, last = get_args(Task)
+    raise BadInput(f"--task {task}: there are {', '.join(most)} and {last}")
 
 
 def _bits(
@@ -118,15 +120,18 @@ def _reread(
     }
 
 
-def _mqar(subject: Subject, without: Sequence[str], max_tokens: int) -> dict[str, Any]:
-    questions = mqar.mqar_questions(subject, max_tokens)
-    task = subject.experiment.data.mqar
-    assert task is not None
+def _generated(
+    subject: Subject, name: str, without: Sequence[str], max_tokens: int
+) -> dict[str, Any]:
+    questions = generated.task_questions(subject, name, max_tokens)
+    task = subject.experiment.data.generated[name]
     engine = subject.engine(without=without)
-    right = mqar.answer_mqar(engine, questions)
-    return {
+    right = generated.answer_task(engine, questions)
+    found = {
         "accuracy": float(right.mean()),
-        "chance": 2 / task.vocab_size,
+        "chance": generated.chance_of(task),
         "questions": len(right),
-        "by_distance": mqar.mqar_accuracy(right, questions),
     }
+    if (questions.distances > 0).any():
+        found["by_distance"] = generated.accuracy_by_distance(right, questions)
+    return found

@@ -13,7 +13,7 @@ import numpy as np
 from memtrain.config import Experiment
 from memtrain.data.corpus import Documents, build_corpus
 from memtrain.data.fingerprint import check_fingerprint
-from memtrain.data.pipeline import MqarPipeline, TextPipeline, build_pipeline
+from memtrain.data.pipeline import GeneratedPipeline, TextPipeline, build_pipeline
 from memtrain.data.tokenizer import Tokenizer
 from memtrain.decode.artifact import MANIFEST, Artifact
 from memtrain.decode.engine import Engine
@@ -41,7 +41,7 @@ class Subject:
     experiment: Experiment
     vocab_size: int
     tokenizer: Tokenizer | None
-    """None where tokens are numbers (MQAR)."""
+    """None where tokens are numbers (a task that stands instead of text)."""
     step: int | None
     fingerprint: Mapping[str, Any] | None = None
     """Of the data that a run was trained on; an artifact knows none."""
@@ -60,7 +60,7 @@ class Subject:
                 artifact.weights(),
                 artifact.experiment,
                 artifact.vocab_size,
-                artifact.tokenizer,
+                None if artifact.experiment.data.generated else artifact.tokenizer,
                 step,
             )
         if not (target / CONFIG).exists():
@@ -74,7 +74,7 @@ class Subject:
             unstack_model(loaded.model),
             loaded.experiment,
             loaded.vocab_size,
-            loaded.tokenizer,
+            None if loaded.experiment.data.generated else loaded.tokenizer,
             loaded.step,
             read_run(target).get("fingerprint"),
         )
@@ -91,7 +91,7 @@ class Subject:
         return tuple(memory_names(self.experiment.model))
 
     @cached_property
-    def pipeline(self) -> TextPipeline | MqarPipeline:
+    def pipeline(self) -> TextPipeline | GeneratedPipeline:
         """What the run reads. Raises BadInput where its data are not on this machine, or others
         than it was trained on: what was held out then may have been learned since.
         """
@@ -131,9 +131,10 @@ class Subject:
 
     def need_tokenizer(self, task: str) -> Tokenizer:
         if self.tokenizer is None:
+            other = " or ".join(f"--task {name}" for name in self.experiment.data.generated)
             raise BadInput(
-                f"--task {task}: {self.path} was trained on MQAR, whose tokens are numbers and no "
-                "text: take --task mqar"
+                f"--task {task}: {self.path} was trained on a generated task, whose tokens are "
+                f"numbers and no text: take {other}"
             )
         return self.tokenizer
 

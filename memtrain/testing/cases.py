@@ -12,6 +12,9 @@ from memtrain.memory.protocol import Context
 BATCH = 8
 """Rows of a case: each another layout, and a number that 8 devices divide."""
 
+LEAST_CAPACITY = 32
+"""Tokens that a state has room for, where rows are short."""
+
 CALL_LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987)
 FEW_CALL_LENGTHS = (1, 3, 8, 13, 21, 55, 144, 377, 987)
 """Calls have these lengths only: each costs a compilation."""

@@ -79,7 +79,7 @@ class Placing:
         return dataclasses.replace(arranged, layout=self.layout)
 
     def state(self, spec: Any, state: Any) -> Any:
-        return jax.device_put(state, state_shardings(spec, self.mesh))
+        return jax.device_put(jax.device_get(state), state_shardings(spec, self.mesh))
 
     def tables(self, tables: dict[str, Any]) -> dict[str, jax.Array]:
         return {name: self._put(("slots", "value_dim"), table) for name, table in tables.items()}
@@ -95,4 +95,5 @@ class Placing:
         return jax.tree.unflatten(structure, placed)
 
     def _put(self, axes: tuple[str | None, ...], leaf: Any) -> jax.Array:
-        return jax.device_put(leaf, sharding_for(axes, self.mesh, leaf.shape))
+        # From the host: to cut an array of a device is a program for every shape.
+        return jax.device_put(jax.device_get(leaf), sharding_for(axes, self.mesh, leaf.shape))

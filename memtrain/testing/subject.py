@@ -13,7 +13,7 @@ from flax import nnx
 
 from memtrain.description import Dtypes
 from memtrain.memory.protocol import Context, Memory, State
-from memtrain.testing.cases import BATCH, Layout, draw_layout
+from memtrain.testing.cases import BATCH, LEAST_CAPACITY, Layout, draw_layout
 from memtrain.testing.tolerances import LEAST_MOVE, TOP_K_MARGIN
 
 
@@ -35,7 +35,8 @@ class Subject:
     ):
         self.make_memory, self.dtypes, self.dim, self.seed = make_memory, dtypes, dim, seed
         self.length, self.optimized = length, optimized
-        self.capacity = length + 3
+        # Also law 7's, which needs a number that the devices divide: one program serves both.
+        self.capacity = max(-(-(length + 3) // BATCH) * BATCH, LEAST_CAPACITY)
         self.memory = make_memory(dtypes, nnx.Rngs(seed))
         rng = np.random.default_rng(seed)
         # Unit rows, larger than a model's: what the memory reads must be felt in its output.
@@ -53,6 +54,7 @@ class Subject:
         self._init: dict[tuple[int, int], Callable] = {}
         self._margin = self.jit(lambda memory, x, ctx: memory.selection_margin(x, None, ctx))
         self.x = self.draw_inputs(rng, self.layout)
+        self.forward_and_backward = self.jit(_forward_and_backward())
         self.cotangent = rng.normal(size=self.x.shape).astype(np.float32)
         self.cotangent[~self.layout.valid] = 0
         self._gradient: Callable | None = None
@@ -169,6 +171,26 @@ class Subject:
         if carried is not None and not carried >= LEAST_MOVE:
             return f"what the memory carries moves its block's output by {carried:.3f} of its input"
         return None
+
+
+def _forward_and_backward() -> Callable:
+    """(memory, x, tables, state, ctx, w) -> outputs, state, gradients of sum(outputs * w) by name.
+
+    One call with a carried state; ctx without tables.
+    """
+
+    def loss(memory, x, tables, state, ctx, w):
+        y, state, _ = memory(x, state, dataclasses.replace(ctx, tables=tables))
+        return jnp.sum(y * w), (y, state)
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True, allow_int=True)
+
+    def program(*arguments):
+        gradients, (y, state) = gradient(*arguments)
+        names = ("parameters", "input", "tables", "state")
+        return y, state, dict(zip(names, gradients, strict=True))
+
+    return program
 
 
 def _rms(a: np.ndarray) -> float:

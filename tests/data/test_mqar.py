@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtrain.data.config import DataConfig, MqarTask
-from memtrain.data.mqar import mqar_rows
-from memtrain.data.pipeline import MqarPipeline, build_pipeline
+from memtrain.data.pipeline import GeneratedPipeline, build_pipeline
+from memtrain.data.tasks.mqar import BASED_TEST, BASED_TRAIN, ZOOLOGY, check_mqar, mqar_rows
 from memtrain.errors import BadInput
 
 
@@ -66,6 +66,42 @@ def test_the_settings_of_the_paper(seq_len: int, num_pairs: int):
     assert task == MqarTask(vocab_size=8192, num_pairs=num_pairs, power=0.01, num_train=100_000)
 
 
+def test_what_neither_tells_nor_asks_may_be_any_token():
+    plain, noisy = (
+        mqar_rows(
+            MqarTask(num_pairs=4, vocab_size=64, random_non_queries=random),
+            np.arange(300),
+            seq_len=64,
+            key=1,
+        )
+        for random in (False, True)
+    )
+    assert np.array_equal(plain.distances, noisy.distances)
+    np.testing.assert_array_equal(plain.batch.targets, noisy.batch.targets)
+    matters = plain.distances > 0
+    matters[:, :8] = True
+    assert np.array_equal(plain.batch.tokens[matters], noisy.batch.tokens[matters])
+    assert not plain.batch.tokens[~matters].any()
+    counts = np.bincount(noisy.batch.tokens[~matters], minlength=64)
+    mean = counts.sum() / 64
+    assert len(counts) == 64 and ((counts - mean) ** 2 / mean).sum() < 64 + 5 * np.sqrt(2 * 64)
+
+
+@pytest.mark.parametrize(("seq_len", "num_pairs"), [*ZOOLOGY, *BASED_TRAIN, *BASED_TEST])
+def test_every_cell_of_the_grids_has_room(seq_len: int, num_pairs: int):
+    check_mqar(MqarTask(num_pairs=num_pairs), seq_len)
+
+
+def test_runs_begun_before_a_field_came_go_on():
+    """A fingerprint tells of `random_non_queries` only where it changes what is read."""
+    config = DataConfig(mqar=MqarTask())
+    before = build_pipeline(config, seq_len=64, batch_size=2).fingerprint()["data.mqar"]
+    fields = ["num_pairs", "num_train", "num_validation", "power", "vocab_size"]
+    assert sorted(before) == fields
+    noisy = DataConfig(mqar=MqarTask(random_non_queries=True))
+    assert build_pipeline(noisy, seq_len=64, batch_size=2).fingerprint()["data.mqar"] != before
+
+
 def test_gaps_follow_the_power_law():
     """The first key's gap has exactly the law; the second's is drawn from what is left."""
     task = MqarTask(num_pairs=2)
@@ -85,11 +121,11 @@ def test_gaps_follow_the_power_law():
         assert statistic < slots + 5 * np.sqrt(2 * slots)
 
 
-def pipeline(seed: int = 0, data_seed: int = 0, num_train: int = 50) -> MqarPipeline:
+def pipeline(seed: int = 0, data_seed: int = 0, num_train: int = 50) -> GeneratedPipeline:
     task = MqarTask(num_train=num_train, num_validation=30)
     config = DataConfig(mqar=task, seed=data_seed)
     made = build_pipeline(config, seq_len=64, batch_size=10, seed=seed)
-    assert isinstance(made, MqarPipeline)
+    assert isinstance(made, GeneratedPipeline)
     return made
 
 
@@ -117,7 +153,7 @@ def test_a_fixed_validation_set_apart_from_training():
     }
     again = pipeline(seed=5).validation_batches(100)
     assert [b.tokens.tobytes() for b in again] == [b.tokens.tobytes() for b in held_out]
-    with_distances = made.mqar_validation(10, 1000)
+    with_distances = made.questions(10, 1000)
     assert len(with_distances.distances) == 20
     assert np.array_equal(with_distances.batch.tokens[:10], held_out[1].tokens)
 

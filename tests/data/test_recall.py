@@ -10,7 +10,7 @@ import pytest
 from memtrain.data.config import DataConfig, RecallTask
 from memtrain.data.corpus import Documents
 from memtrain.data.pipeline import TextPipeline, build_pipeline
-from memtrain.data.recall import RecallRows, check_recall, make_facts, recall_examples
+from memtrain.data.tasks.recall import RecallRows, check_recall, make_facts, recall_examples
 from memtrain.data.tokenizer import ByteTokenizer
 from memtrain.errors import BadInput
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from memtrain.data.config import DataConfig, RecallTask, RereadTask
 from memtrain.data.corpus import Documents
 from memtrain.data.pipeline import TextPipeline, build_pipeline
-from memtrain.data.reread import RereadRows
+from memtrain.data.tasks.reread import RereadRows
 from memtrain.errors import BadInput
 
 

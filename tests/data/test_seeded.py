@@ -38,6 +38,8 @@ def test_derive_tells_paths_apart():
 def test_permutation_is_a_bijection(size: int):
     permutation = Permutation(size, derive("test", size))
     assert sorted(map(permutation, range(size))) == list(range(size))
+    at_once = permutation.of(np.arange(size)[::-1])
+    assert at_once.tolist() == [permutation(i) for i in range(size)][::-1]
 
 
 def test_permutation_of_a_large_range_stays_in_it_and_does_not_collide():

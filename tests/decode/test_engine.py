@@ -200,6 +200,7 @@ for kv_heads in (2, 4):
 """
 
 
+@pytest.mark.full
 def test_a_step_of_one_layer_on_one_device_copies_no_cache():
     """The form of attention that one device takes, at the batch sizes that XLA treats apart."""
     ended = subprocess.run(

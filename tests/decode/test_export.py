@@ -41,6 +41,7 @@ def run(model, out, **more):
     return export_model(model, experiment, BYTES, out, {"run": "t", "step": 1}, **more)
 
 
+@pytest.mark.full
 def test_bfloat16_is_checked_against_float32_training(tiny, tmp_path):
     out = tmp_path / "model.mtx"
     result = run(tiny, out, dtype="bfloat16", programs=False)

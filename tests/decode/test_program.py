@@ -60,6 +60,7 @@ def test_a_prompt_too_long_for_the_program_is_one_line(artifact_path):
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 
+@pytest.mark.full
 def test_state_within_state_goes_through_the_program(tmp_path):
     """A convolution of its own and one on the keys: nested leaves, by name."""
     mixer = Attention(num_heads=2, rope_theta=None, key_conv=3)

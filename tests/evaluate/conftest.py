@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from memtrain.config import Experiment
-from memtrain.data.config import DataConfig, MqarTask, RecallTask
+from memtrain.data.config import DataConfig, FactsTask, MqarTask, RecallTask
 from memtrain.data.pipeline import build_pipeline
 from memtrain.evaluate.subject import Subject
 from memtrain.layers import Attention, Block, ModelConfig, ProductKeyMemory, SwiGLU
@@ -87,6 +87,23 @@ def mqar_run(tmp_path_factory, cache) -> Path:
         train=TrainConfig(num_steps=2, batch_size=4, seq_len=16),
     )
     write_run(folder, experiment, vocab_size=64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def facts_run(tmp_path_factory, cache) -> Path:
+    """Rows of 7 hold two facts and a token of padding."""
+    folder = tmp_path_factory.mktemp("runs") / "facts"
+    task = FactsTask(num_facts=37, num_relations=2, num_values=4, name_len=2, name_tokens=8)
+    experiment = Experiment(
+        name="facts",
+        model=ModelConfig(
+            dim=16, pattern=(Block(mixer=Attention(num_heads=2), ffn=SwiGLU(hidden=16)),)
+        ),
+        data=DataConfig(facts=task),
+        train=TrainConfig(num_steps=2, batch_size=4, seq_len=7),
+    )
+    write_run(folder, experiment, vocab_size=task.vocab_size)
     return folder
 
 

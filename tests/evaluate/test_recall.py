@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from memtrain.evaluate import mqar, recall
+from memtrain.evaluate import generated, recall
 from memtrain.evaluate.run import evaluate
 from memtrain.evaluate.subject import Subject
 
@@ -90,7 +90,7 @@ def test_recall_task(run):
 
 def test_mqar_is_compared_with_a_whole_pass(mqar_run):
     subject = Subject.open(mqar_run)
-    questions = mqar.mqar_questions(subject, 12 * 16)
+    questions = generated.task_questions(subject, "mqar", 12 * 16)
     assert questions.tokens.shape == (12, 16)
     logp = direct_logits(mqar_run, questions.tokens)
     wanted, distances = [], []
@@ -103,9 +103,9 @@ def test_mqar_is_compared_with_a_whole_pass(mqar_run):
                 assert questions.distances[row, column] == column - told
                 wanted.append(logp[row, column].argmax() == tokens[told + 1])
                 distances.append(column - told)
-    right = mqar.answer_mqar(subject.engine(), questions)
+    right = generated.answer_task(subject.engine(), questions)
     assert len(wanted) == 24 and right.tolist() == wanted
-    rows = mqar.mqar_accuracy(np.arange(24) % 2 == 0, questions)
+    rows = generated.accuracy_by_distance(np.arange(24) % 2 == 0, questions)
     assert sum(row["questions"] for row in rows) == 24
     for row in rows:
         inside = [i for i, d in enumerate(distances) if row["from"] <= d < row["to"]]

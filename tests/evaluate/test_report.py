@@ -147,7 +147,7 @@ def test_report_of_mqar(mqar_run):
         ("mqar", {}, "was not trained on data.mqar: take --task recall"),
         ("bpb", {"without": ["bank"]}, "without 'bank': this model has no such memory"),
         ("bpb", {"data": ["/no/such/file"]}, "no such file or folder"),
-        ("guess", {}, "there are bpb, mqar, recall and reread"),
+        ("guess", {}, "there are associative, bpb, copy, facts, mqar, recall and reread"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_line(run, task, more, message):

@@ -10,37 +10,22 @@ from memtrain.memory import REGISTRY, ProductKeyMemory
 from memtrain.testing import LAWS, check_laws
 
 
-CORE = [law for law in LAWS if law not in ("sharding", "long_runs")]
 TRANSITIONS = {"linear_recurrence", "short_conv"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.full if n != "window" else ()) for n in REGISTRY]
-)
-def test_core_laws(name):
-    report = check_laws(REGISTRY[name], laws=CORE)
-    print(report)
-    assert all(o.status == "holds" for o in report.outcomes)
-    assert ("no transitions" in report["context_parallel"].notes) == (name not in TRANSITIONS)
-    assert [o.law for o in report.outcomes] == CORE
-
-
+# One call for all laws: they share programs, and compiling those is what it costs.
 @pytest.mark.full
 @pytest.mark.parametrize("name", REGISTRY)
-def test_sharding(name):
+def test_every_law(name):
     assert len(jax.devices()) >= 8
-    report = check_laws(REGISTRY[name], laws=["sharding"])
-    assert report["sharding"].status == "holds"
+    report = check_laws(REGISTRY[name])
+    print(report)
+    assert [o.law for o in report.outcomes] == list(LAWS)
+    assert all(o.status == "holds" for o in report.outcomes)
     assert report["sharding"].notes == ["6 meshes"]
+    assert ("no transitions" in report["context_parallel"].notes) == (name not in TRANSITIONS)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", REGISTRY)
-def test_long_runs(name):
-    assert check_laws(REGISTRY[name], laws=["long_runs"])["long_runs"].status == "holds"
-
-
-@pytest.mark.full
 def test_another_seed():
     check_laws(REGISTRY["window"], laws=["split", "reset", "padding"], seed=1)
 

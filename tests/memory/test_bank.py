@@ -98,6 +98,7 @@ def test_reads_what_a_search_of_all_keys_reads(join, dtype):
     np.testing.assert_allclose(aux.metrics["bank_share"], weights.mean(), atol=1e-6)
 
 
+@pytest.mark.full
 def test_a_full_ring_goes_on_and_on():
     """Three times round the ring of 12 slots, token by token and in chunks across its end."""
     memory = build()
@@ -144,6 +145,7 @@ def test_ties_go_to_the_earlier_position_wherever_it_lies(cut):
     assert (picked[0, 23] == [5, 8, 11]).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("trained", [0, 4])
 def test_gradients_stop_where_they_should(trained):
     """By the keys' and values' weights, the loss of one query at distance: only positions less than

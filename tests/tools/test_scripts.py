@@ -72,16 +72,19 @@ def calls(checkout: Path, *command: str, code: int = 0, **environment: str) -> l
     return log.read_text().splitlines() if log.exists() else []
 
 
+SPREAD = "-n 2 --dist loadfile --no-loadscope-reorder"
+
+
 def test_test_chooses_by_marker_and_passes_the_rest_on(checkout: Path) -> None:
     started, *style, pytest_call = calls(checkout, "tools/test")
     assert started == "setup "
     assert [line.split()[:2] for line in style] == [["ruff", "check"], ["ruff", "format"]]
-    assert pytest_call == "python -m pytest -n 2 --dist loadfile -m not slow"
+    assert pytest_call == f"python -m pytest {SPREAD} -m not slow"
 
     assert calls(checkout, "tools/test", "--fast", "tests/laws", "-k", "split")[-1] == (
-        "python -m pytest -n 2 --dist loadfile -m not slow and not full tests/laws -k split"
+        f"python -m pytest {SPREAD} -m not slow and not full tests/laws -k split"
     )
-    assert calls(checkout, "tools/test", "--slow")[-1] == "python -m pytest -n 2 --dist loadfile"
+    assert calls(checkout, "tools/test", "--slow")[-1] == f"python -m pytest {SPREAD}"
     assert calls(checkout, "tools/test", "-n", "0")[-1] == "python -m pytest -m not slow -n 0"
     assert calls(checkout, "tools/test", MEMTRAIN_TEST_WORKERS="1")[-1] == (
         "python -m pytest -m not slow"
@@ -100,7 +103,7 @@ def test_test_on_the_floor_uses_an_environment_of_its_own(checkout: Path) -> Non
     python.write_text(STAND_IN.replace("${0##*/}", "floor"))
     assert calls(checkout, "tools/test", "--floor", "--fast") == [
         "setup .venv-floor floor",
-        "floor -m pytest -n 2 --dist loadfile -m not slow and not full",
+        f"floor -m pytest {SPREAD} -m not slow and not full",
     ]
 
 

@@ -58,12 +58,21 @@ def of_whole_tables():
 @pytest.mark.parametrize(
     "changed",
     [
-        {},
-        {"scan_unroll": 1, "accumulation": 2},
-        {"mesh": MeshConfig(fsdp=2, context=2, tensor=2)},
-        {"mesh": MeshConfig(data=4, tensor=2), "accumulation": 2},
+        pytest.param({}, id="one_device"),
+        pytest.param(
+            {"scan_unroll": 1, "accumulation": 2}, id="scanned_in_parts", marks=pytest.mark.full
+        ),
+        pytest.param(
+            {"mesh": MeshConfig(fsdp=2, context=2, tensor=2)},
+            id="rows_and_columns_over_devices",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            {"mesh": MeshConfig(data=4, tensor=2), "accumulation": 2},
+            id="columns_over_devices",
+            marks=pytest.mark.full,
+        ),
     ],
-    ids=["one_device", "scanned_in_parts", "rows_and_columns_over_devices", "columns_over_devices"],
 )
 def test_both_gradients_give_the_same_tables(of_whole_tables, changed):
     _, before, wanted, want = of_whole_tables

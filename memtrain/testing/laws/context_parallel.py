@@ -26,10 +26,8 @@ from memtrain_kernels.context.layout import KINDS
 
 
 BEFORE, LENGTH = 13, 16
-"""Tokens of the call before, whose state is carried in, and of the call that is sharded."""
-
-CAPACITY = 32
-"""At least both, and a number that the devices divide."""
+"""Tokens of the call before, whose state is carried in, and of the call that is sharded: both fit
+in the least capacity of a subject."""
 
 Case = tuple[str, MeshSizes, bool]
 """Layout, mesh (data, fsdp, context, tensor), and whether a state is carried in."""
@@ -80,8 +78,7 @@ class _Call:
         self.subject = subject
         layout = draw_carried_layout(rng, BEFORE, LENGTH)
         x, ctx = subject.draw_inputs(rng, layout), layout.context(subject.tables)
-        empty = subject.init(capacity=CAPACITY)
-        _, self.state = subject.step(x[:, :BEFORE], empty, ctx.window(0, BEFORE))
+        _, self.state = subject.step(x[:, :BEFORE], subject.init(), ctx.window(0, BEFORE))
         self.x = np.asarray(x)[:, BEFORE:]
         self.ctx = dataclasses.replace(ctx.window(BEFORE, BEFORE + LENGTH), tables={})
         self.valid = layout.valid[:, BEFORE:]
@@ -94,7 +91,7 @@ class _Call:
         subject, state = self.subject, self.state if carried else None
         if place is None:
             return self._program(subject.memory, self.x, subject.tables, state, self.ctx, self.w)
-        spec = subject.memory.state_spec(BATCH, CAPACITY)
+        spec = subject.memory.state_spec(BATCH, subject.capacity)
         with kernels_over(place.mesh, TokenSharding(place.layout)):
             y, live, gradients = self._program(
                 place.module(subject.memory),

@@ -92,21 +92,17 @@ def _check_stop(judge: Judge, subject: Subject, cut: tuple[int, int], in_two: Ca
     """Two calls with the carry stopped, against the second alone, fed a state from outside."""
     first, second = cut
 
-    def suffix(memory, x, tables, ctx, w, state):
-        y, _, _ = memory(x, state, dataclasses.replace(ctx, tables=tables))
-        return jnp.sum(y * w)
-
     case = f"stop, calls of {list(cut)} tokens"
     _, state = subject.run((first,), subject.x[:, :first], subject.ctx.window(0, first))
-    *gradients, by_state = subject.jit(_gradient(suffix, (0, 1, 2, 5)))(
+    *_, want = subject.forward_and_backward(
         subject.memory,
         subject.x[:, first:],
         subject.tables,
-        subject.ctx.window(first, first + second),
-        subject.cotangent[:, first:],
         state,
+        dataclasses.replace(subject.ctx.window(first, first + second), tables={}),
+        subject.cotangent[:, first:],
     )
-    want = _named(*gradients)
+    by_state = want.pop("state")
     last_only = np.where(np.arange(first + second)[:, None] < first, 0, subject.cotangent)
     got = in_two(last_only, True)
     judge.zero(case + ", before the stop", got["input"][:, :first])
@@ -130,8 +126,8 @@ def _check_flags(judge: Judge, subject: Subject, by_state: Any) -> None:
             judge.zero(case, {"state": gradient})
 
 
-def _gradient(loss: Any, argnums: tuple[int, ...] = (0, 1, 2)) -> Any:
-    return jax.grad(loss, argnums=argnums, allow_int=True)
+def _gradient(loss: Any) -> Any:
+    return jax.grad(loss, argnums=(0, 1, 2), allow_int=True)
 
 
 def _named(memory: Any, x: Any, tables: Any) -> dict[str, Any]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from memtrain.parallel.sharding import kernels_over
 from memtrain.parallel.tokens import TokenSharding
@@ -45,8 +43,9 @@ def check(bench: Bench) -> Outcome:
         return judge.outcome
     meshes = sorted({*COVERING, *factorisations(DEVICES)}) if bench.slow else COVERING
     subject = bench.subject()
-    program, arguments = _program(subject), _arguments(subject)
-    want = program(*arguments)
+    arguments = _arguments(subject)
+    want = subject.forward_and_backward(*arguments)
+    want_state = subject.live(want[1])
     length = halves(bench.length)[1]
     valid = subject.layout.valid[:, -length:]
     for sizes in meshes:
@@ -55,30 +54,16 @@ def check(bench: Bench) -> Outcome:
         place = Placing(mesh_of_sizes(sizes), Layout("contiguous", context))
         case = f"mesh {described(sizes)}"
         with kernels_over(place.mesh, TokenSharding(place.layout)):
-            outputs, state, gradients = program(*_placed(subject, arguments, place))
+            outputs, state, gradients = subject.forward_and_backward(
+                *_placed(subject, arguments, place)
+            )
         # Padding's outputs are nobody's: they need not even be the same twice.
         judge.close(case, outputs, want[0], where=valid)
-        judge.close(case + ", final state", subject.live(state), subject.live(want[1]))
+        # Brought together first: the program that brings it in order is that of one device.
+        judge.close(case + ", final state", subject.live(jax.device_get(state)), want_state)
         judge.close(case, gradients, want[2], kind="gradient")
     judge.outcome.notes.append(f"{len(meshes)} meshes")
     return judge.outcome
-
-
-def _program(subject: Subject) -> Any:
-    """One call with a carried state, forward and backward."""
-
-    def loss(memory, x, tables, state, ctx, w):
-        y, state, _ = memory(x, state, dataclasses.replace(ctx, tables=tables))
-        return jnp.sum(y * w), (y, state)
-
-    gradient = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True, allow_int=True)
-
-    def program(*arguments):
-        gradients, (y, state) = gradient(*arguments)
-        names = ("parameters", "input", "tables", "state")
-        return y, state, dict(zip(names, gradients, strict=True))
-
-    return subject.jit(program)
 
 
 def _arguments(subject: Subject) -> tuple:

@@ -201,6 +201,7 @@ def test_xla_agrees_with_the_oracle(case):
     check(spec, shape, **options)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "case",
     [
@@ -221,6 +222,7 @@ def test_loops_agree_where_tiles_would_be_written_out(case, monkeypatch):
     check(spec, shape, **options)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "case", ["shuffled window", "cap, scale, mask", "packed window", "prefix, window"]
 )
@@ -258,6 +260,7 @@ def problems(draw):
     return spec, Shape(T=T, S=S, K=K, E=E), options, draw(st.booleans())
 
 
+@pytest.mark.full
 @given(problems())
 @settings(max_examples=10)
 def test_drawn_problems_agree_with_the_oracle(problem):

@@ -103,6 +103,7 @@ def test_unrolled_computes_only_the_tiles_of_the_mask():
     assert tiles_computed({"window": 5}, 24, 24) == (6, 6 + 11)
 
 
+@pytest.mark.full
 def test_packed_documents_skip_by_their_summaries(looped):
     segments = np.repeat(np.arange(3), 8)[None]  # three documents of two blocks each
     tokens = {"q_segments": segments, "kv_segments": segments}
@@ -119,6 +120,7 @@ def test_a_tile_is_skipped_only_if_every_row_of_the_batch_skips_it(looped):
     assert tiles_computed({}, 24, 24, **tokens) == (21, 42)
 
 
+@pytest.mark.full
 def test_arbitrary_positions_skip_by_their_summaries():
     # Zigzag: the first and the last quarter of 32 tokens, against the two in the middle.
     positions = np.arange(32)

@@ -21,6 +21,11 @@ from memtrain_kernels.attention import Capabilities, Problem, backends, self_che
 from memtrain_kernels.target import Target, current_target
 
 
+# The calls of the self-check by the limits that leave the others out.
+LONG = {"right_windows": False, "prefix": False, "soft_cap": False}
+TWO_SIDED = {"max_tokens": 1000, "prefix": False, "soft_cap": False}
+PREFIX = {"max_tokens": 1000, "right_windows": False, "soft_cap": False}
+RICH = {"max_tokens": 1000, "right_windows": False, "prefix": False}
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 HERE = Target("gpu", "NVIDIA H100 80GB HBM3", is_here=True)
 PLAIN = Problem(1, 64, 64, 4, 2, 128, 128, "bfloat16", AttentionSpec())
@@ -58,6 +63,7 @@ def on_gpu(monkeypatch, tmp_path):
     self_check._checked.cache_clear()
 
 
+@pytest.mark.full
 def test_a_backend_that_agrees_is_taken_and_the_check_is_remembered(on_gpu, tmp_path):
     checks = on_gpu(xla.attend)
     name, reason = resolve_backend(problem=PLAIN)
@@ -69,8 +75,24 @@ def test_a_backend_that_agrees_is_taken_and_the_check_is_remembered(on_gpu, tmp_
     assert resolve_backend(problem=PLAIN)[0] == "cudnn" and len(checks) == 4
 
 
-@pytest.mark.parametrize("spoil", ["output", "gradient", "nan", "soft cap", "lse", "long"])
-def test_a_backend_that_is_wrong_is_not_taken(on_gpu, spoil):
+@pytest.mark.parametrize(
+    ("spoil", "limits", "calls"),
+    [
+        ("output", TWO_SIDED, 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (
+                ("gradient", PREFIX, 1),
+                ("nan", RICH, 1),
+                ("lse", RICH, 1),
+                ("long", LONG, 1),
+                ("soft cap", {}, 4),  # one call of four that is wrong is enough
+            )
+        ),
+    ],
+    ids=["output", "gradient", "nan", "lse", "long", "soft cap"],
+)
+def test_a_backend_that_is_wrong_is_not_taken(on_gpu, spoil, limits, calls):
     def attend(q, k, v, *rest):
         if spoil == "gradient":  # right values, wrong gradient of the keys
             k = jax.lax.stop_gradient(k)
@@ -85,11 +107,13 @@ def test_a_backend_that_is_wrong_is_not_taken(on_gpu, spoil):
             o = o.at[:, 2000:].multiply(1.2)
         return o * jnp.nan if spoil == "nan" else o, lse
 
-    on_gpu(attend)
+    checks = on_gpu(attend, **limits)
     name, reason = resolve_backend(problem=PLAIN)
     assert name == "xla" and "self-check of 'cudnn'" in reason and "failed: off by" in reason
+    assert len(checks) == calls
 
 
+@pytest.mark.full
 def test_a_backend_that_does_not_compile_is_not_taken(on_gpu):
     def attend(*arguments):
         raise NotImplementedError("no such instruction\nand more")
@@ -100,7 +124,7 @@ def test_a_backend_that_does_not_compile_is_not_taken(on_gpu):
     assert "\n" not in reason
     # The next process tries again: what could not run may run then.
     self_check._checked.cache_clear()
-    on_gpu(xla.attend)
+    on_gpu(xla.attend, **RICH)
     assert resolve_backend(problem=PLAIN)[0] == "cudnn"
 
 
@@ -114,8 +138,9 @@ def test_cudnn_is_automatic_only_where_it_is_deterministic(on_gpu, monkeypatch):
     assert name == "cudnn" and "not deterministic" in reason
 
 
+@pytest.mark.full
 def test_the_check_runs_while_a_program_is_traced(on_gpu):
-    checks = on_gpu(xla.attend)
+    checks = on_gpu(xla.attend, **RICH)
 
     @jax.jit
     def traced(x):

@@ -41,6 +41,7 @@ def test_every_mask_in_every_strategy_and_layout(mask, strategy, layout):
     check(SPECS[mask], 4, strategy=strategy, layout=layout, **default, **usp)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("mask", "layout"), [("sinks", "contiguous"), ("window", "zigzag"), ("window", "striped")]
 )
@@ -48,6 +49,7 @@ def test_default_positions_with_prior_and_sink_logits(mask, layout):
     check(SPECS[mask], 4, layout=layout, extras=True, default_positions=True, seed=3)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("mask", "layout"), [("causal", "zigzag"), ("prefix", "contiguous")])
 def test_hops_written_out_as_on_accelerators(monkeypatch, mask, layout):
     monkeypatch.setattr(ring, "_max_unrolled", lambda: 16)

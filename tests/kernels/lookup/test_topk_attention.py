@@ -131,7 +131,7 @@ def problem(top_k: int, trained_fn):
     [
         (3, lately),
         pytest.param(3, None, marks=pytest.mark.full),
-        pytest.param(20, lately, marks=pytest.mark.full),
+        pytest.param(20, lately, marks=pytest.mark.full),  # more than any query sees
     ],
 )
 def test_equals_plain_gathers_of_what_a_search_picks(mesh, top_k, trained_fn):

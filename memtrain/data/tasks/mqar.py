@@ -1,27 +1,31 @@
 """Multi-query associative recall in the settings of Zoology (Arora et al. 2023, arXiv:2312.04927).
 
 A row of N tokens begins with D pairs, key then value. Each key comes again once, later, with a gap
-drawn from a power law; there the target is its value. All else is token 0
-(`random_non_queries=False` there), and only the answers are in the loss. As in the paper the value
-is not written after the key that asks for it, so that an answer is never read off another one.
+drawn from a power law; there the target is its value. All else is token 0 or, by
+`random_non_queries`, any token, and only the answers are in the loss. As in the paper the value is
+not written after the key that asks for it, so that an answer is never read off another one.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 
-from memtrain.data.batch import Batch, stack_rows
+from memtrain.data.batch import Batch
 from memtrain.data.config import MqarTask
-from memtrain.data.seeded import Permutation, derive, distinct_integers, random_uniform
+from memtrain.data.seeded import (
+    Permutation,
+    derive,
+    distinct_integers,
+    random_integers,
+    random_uniform,
+)
+from memtrain.data.tasks.generated import Asked, asked_row, stack_asked
 from memtrain.errors import BadInput
 
 
-class MqarBatch(NamedTuple):
-    """A batch, and for every query how far back its pair is."""
-
-    batch: Batch
-    distances: np.ndarray
-    """[B, T] int32: tokens from the pair's key to the query; 0 where nothing is asked."""
+ZOOLOGY = ((64, 4), (128, 8), (256, 16), (512, 64))
+"""Cells (N tokens, D pairs) of Zoology's Figure 2."""
+BASED_TRAIN = ((64, 4), (128, 8), (256, 16), (256, 32), (256, 64))
+BASED_TEST = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
+"""Cells of Based (Arora et al. 2024, arXiv:2402.18668): trained on the first, asked the second."""
 
 
 def check_mqar(task: MqarTask, seq_len: int) -> None:
@@ -50,18 +54,18 @@ def check_mqar(task: MqarTask, seq_len: int) -> None:
 
 def mqar_rows(
     task: MqarTask, indices: np.ndarray, *, seq_len: int, key: int, split: str = "train"
-) -> MqarBatch:
+) -> Asked:
     """The rows with these numbers, [len(indices), seq_len]; a row is a function of its number.
 
     Keys are drawn from 1 .. V/2 - 1 and values from V/2 .. V - 1, without replacement in a row.
     `key` seeds the set and `split` names it ("train" or "validation").
     """
     check_mqar(task, seq_len)
-    made = [_row(task, int(index), seq_len, derive(key, "mqar", split)) for index in indices]
-    return MqarBatch(stack_rows([row for row, _ in made]), np.stack([gap for _, gap in made]))
+    set_key = derive(key, "mqar", split)
+    return stack_asked([_row(task, int(index), seq_len, set_key) for index in indices])
 
 
-def _row(task: MqarTask, index: int, seq_len: int, set_key: int) -> tuple[Batch, np.ndarray]:
+def _row(task: MqarTask, index: int, seq_len: int, set_key: int) -> Asked:
     count, half = task.num_pairs, task.vocab_size // 2
     key = derive(set_key, index)
     keys = 1 + distinct_integers(derive(key, "keys"), count, half - 1)
@@ -72,20 +76,12 @@ def _row(task: MqarTask, index: int, seq_len: int, set_key: int) -> tuple[Batch,
     told = 2 * np.arange(count)
 
     tokens = np.zeros(seq_len, np.int32)
-    targets = np.zeros(seq_len, np.int32)
-    weights = np.zeros(seq_len, np.float32)
-    distances = np.zeros(seq_len, np.int32)
+    if task.random_non_queries:
+        tokens[:] = random_integers(derive(key, "others"), seq_len, task.vocab_size)
     tokens[told] = keys
     tokens[told + 1] = values
     tokens[asked] = keys
-    targets[asked] = values
-    weights[asked] = 1.0
-    distances[asked] = asked - told
-    starts = np.zeros(seq_len, np.bool_)
-    starts[0] = True
-    positions = np.arange(seq_len, dtype=np.int32)
-    batch = Batch(tokens, targets, weights, positions, starts, np.ones(seq_len, np.bool_))
-    return batch, distances
+    return asked_row(tokens, values, asked - told, asked)
 
 
 def _gaps(key: int, count: int, slots: int, power: float) -> np.ndarray:
@@ -100,17 +96,25 @@ def _gaps(key: int, count: int, slots: int, power: float) -> np.ndarray:
 
 
 class MqarRows:
-    """The fixed training set, read in a new seeded order every epoch."""
+    """The fixed training set, read in a new seeded order every epoch, and the fixed held-out one.
+
+    `row` and `held_out` as `memtrain.data.tasks.generated.GeneratedRows` has them.
+    """
 
     def __init__(self, task: MqarTask, seq_len: int, *, set_key: int, order_key: int) -> None:
         check_mqar(task, seq_len)
         self._task = task
         self._seq_len = seq_len
-        self._set_key = derive(set_key, "mqar", "train")
+        self._train_key = derive(set_key, "mqar", "train")
+        self._held_out_key = derive(set_key, "mqar", "validation")
         self._order_key = order_key
         self.rows_per_epoch = task.num_train
+        self.num_held_out = task.num_validation
 
     def row(self, index: int) -> Batch:
         epoch, index = divmod(index, self.rows_per_epoch)
         place = Permutation(self.rows_per_epoch, derive(self._order_key, "rows", epoch))(index)
-        return _row(self._task, place, self._seq_len, self._set_key)[0]
+        return _row(self._task, place, self._seq_len, self._train_key).batch
+
+    def held_out(self, index: int) -> Asked:
+        return _row(self._task, index, self._seq_len, self._held_out_key)

@@ -1,0 +1,165 @@
+"""A study: several models on one task, each at its own best learning rate, over several seeds.
+
+What is compared must have had the same care. So every arm brings its candidates (learning rates,
+as a rule), all are trained with the first seed, and the one that ends best is trained with the
+others too. The same data, steps and seeds for all arms are the caller's to give.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from memtrain.config import Experiment
+from memtrain.memory.protocol import spec_bytes
+from memtrain.model.flops import forward_flops
+from memtrain.model.parameters import Skeleton
+from memtrain.train.metrics import FILE_NAME as METRICS
+from memtrain.train.metrics import read_lines
+from memtrain.train.run import train
+
+
+Say = Callable[[str], None]
+SCORE = "validation/accuracy"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What was measured on held-out data on the way of one run, and at its end."""
+
+    steps: list[int]
+    scores: list[float]
+
+    @property
+    def last(self) -> float:
+        return self.scores[-1]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "scores": self.scores}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model of a study: all candidates with the first seed, the chosen one with every seed."""
+
+    name: str
+    chosen: str
+    candidates: dict[str, float]
+    """What each candidate ended with."""
+    curves: dict[int, Curve]
+    """Of the chosen one, by seed."""
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(curve.last for curve in self.curves.values())
+
+    @property
+    def stdev(self) -> float:
+        """Over the seeds; 0 with one."""
+        values = [curve.last for curve in self.curves.values()]
+        return statistics.stdev(values) if len(values) > 1 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "chosen": self.chosen,
+            "candidates": self.candidates,
+            "mean": self.mean,
+            "stdev": self.stdev,
+            "seeds": {str(seed): curve.as_dict() for seed, curve in self.curves.items()},
+        }
+
+
+def run_arm(
+    name: str,
+    candidates: Mapping[str, Experiment],
+    seeds: Sequence[int],
+    folder: Path,
+    *,
+    score: str = SCORE,
+    say: Say = print,
+) -> Arm:
+    """Trains an arm. Runs live in `folder/NAME/CANDIDATE/seed-N`; those that are done are read.
+
+    score: a metric of the held-out data, more is better. Of equal candidates the first is chosen.
+    """
+    first, *others = seeds
+    found: dict[str, Curve] = {}
+    for label, experiment in candidates.items():
+        found[label] = _run(experiment, first, folder / name / label, score, say)
+        say(f"{name}, {label}: {score} {found[label].last:.4f}")
+    chosen = max(found, key=lambda label: _finite(found[label].last))
+    curves = {first: found[chosen]}
+    for seed in others:
+        curves[seed] = _run(candidates[chosen], seed, folder / name / chosen, score, say)
+        say(f"{name}, {chosen}, seed {seed}: {score} {curves[seed].last:.4f}")
+    return Arm(name, chosen, {label: curve.last for label, curve in found.items()}, curves)
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf
+
+
+def _run(experiment: Experiment, seed: int, folder: Path, score: str, say: Say) -> Curve:
+    seeded = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, seed=seed))
+    folder = (folder / f"seed-{seed}").absolute()
+    curve = _curve(folder, score)
+    if curve is None or curve.steps[-1] < experiment.train.num_steps:
+        train(seeded, folder, progress=lambda line: say(f"  {line}"))
+        curve = _curve(folder, score)
+        assert curve is not None
+    return curve
+
+
+def _curve(folder: Path, score: str) -> Curve | None:
+    if not (folder / METRICS).exists():
+        return None
+    lines = [line for line in read_lines(folder / METRICS) if line.get(score) is not None]
+    steps, scores = [line["step"] for line in lines], [float(line[score]) for line in lines]
+    return Curve(steps, scores) if lines else None
+
+
+def size_of(experiment: Experiment, vocab_size: int) -> dict[str, float]:
+    """Parameters, FLOPs of a token's forward pass, and bytes of what one sequence keeps."""
+    skeleton = Skeleton.of(experiment.model, vocab_size)
+    with jax.ensure_compile_time_eval():
+        model = skeleton.merge(skeleton.shapes)  # type: ignore[arg-type]
+    seq_len = experiment.train.seq_len
+    return {
+        "parameters": sum(leaf.size for leaf in skeleton.shapes.values()),
+        "forward_flops_per_token": forward_flops(model, seq_len).total,
+        "state_bytes": spec_bytes(model.state_spec(1, seq_len)),
+    }
+
+
+def where_measured() -> dict[str, Any]:
+    """Machine and versions: a figure without them means little."""
+    processor = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else processor
+    return {
+        "device": jax.devices()[0].device_kind,
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
+        "python": platform.python_version(),
+    }
+
+
+def write_study(path: Path, found: Mapping[str, Any]) -> None:
+    """The figures behind a results page, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,60 @@
+"""Tasks instead of text, through the decode path."""
+
+import numpy as np
+import pytest
+
+from memtrain.data.config import AssociativeTask, CopyTask, FactsTask, MqarTask
+from memtrain.errors import BadInput
+from memtrain.evaluate import generated
+from memtrain.evaluate.report import report
+from memtrain.evaluate.run import evaluate
+from memtrain.evaluate.subject import Subject
+
+from .conftest import direct_logits
+
+
+def test_facts_in_a_row_are_read_one_without_the_other(facts_run):
+    """Each fact as a row of its own, through the training path, is answered alike."""
+    subject = Subject.open(facts_run)
+    assert subject.tokenizer is None
+    questions = generated.task_questions(subject, "facts", 1000)
+    rows, columns = np.nonzero(questions.asked)
+    assert len(rows) == 37
+    alone = np.stack(
+        [questions.tokens[r, c - 2 : c + 1] for r, c in zip(rows, columns, strict=True)]
+    )
+    wanted = direct_logits(facts_run, alone)[:, -1].argmax(-1) == questions.targets[rows, columns]
+    right = generated.answer_task(subject.engine(), questions)
+    assert right.tolist() == wanted.tolist()
+    found = evaluate(facts_run, task="facts")
+    assert found["questions"] == 37 and found["chance"] == 0.25
+    assert found["accuracy"] == pytest.approx(wanted.mean())
+    assert "by_distance" not in found
+    part = evaluate(facts_run, task="facts", max_tokens=21)
+    assert part["questions"] == 6 and part["accuracy"] == pytest.approx(wanted[:6].mean())
+
+
+def test_facts_are_reported_without_distances(facts_run):
+    found = report(facts_run, say=lambda line: None)
+    assert (facts_run / "report.html").exists() and found
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("mqar", "was not trained on data.mqar: take --task facts"),
+        ("recall", "numbers and no text: take --task facts"),
+        ("bpb", "numbers and no text: take --task facts"),
+    ],
+)
+def test_a_task_that_was_not_trained_names_the_one_that_was(facts_run, task, message):
+    with pytest.raises(BadInput, match=message):
+        evaluate(facts_run, task=task)
+
+
+def test_chance_is_one_of_the_answers_that_can_be():
+    assert generated.chance_of(FactsTask(num_values=10)) == 0.1
+    assert generated.chance_of(MqarTask(vocab_size=64)) == 1 / 32
+    assert generated.chance_of(CopyTask(vocab_size=20, noise_tokens=3)) == 1 / 16
+    # Ids 4 to 9 are keys and 10 to 16 values.
+    assert generated.chance_of(AssociativeTask(vocab_size=17, noise_tokens=3)) == 1 / 7
