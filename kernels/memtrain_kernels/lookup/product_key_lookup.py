@@ -18,7 +18,7 @@ from memtrain_kernels.lookup.checks import Arrays, check_count, check_dtype
 from memtrain_kernels.lookup.product_key import best_pairs, take
 from memtrain_kernels.lookup.topk import best_columns
 from memtrain_kernels.lookup.weighted_gather import bag
-from memtrain_kernels.varying import vary_alike
+from memtrain_kernels.varying import vary_alike, vary_as
 
 
 # Half-scores that exist at the same time, of all heads and both halves.
@@ -93,12 +93,26 @@ def _backward(top_k, saved, cotangents):
     (M, G, D), N = q_MGD.shape, keys_GND.shape[1]
     slots = columns_MGk + N * jnp.arange(G, dtype=jnp.int32)[:, None]
     slots, d_scores = (x.reshape(M * G, top_k) for x in (slots, cotangents[0]))
-    d_q = bag(keys_GND.reshape(G * N, D), slots, d_scores)
+    d_q = lax.platform_dependent(
+        keys_GND.reshape(G * N, D), slots, d_scores, cpu=_bag_in_turn, default=bag
+    )
     d_keys = sum_by_row(slots, d_scores, q_MGD.reshape(M * G, D), G * N)
     return (
         d_q.reshape(q_MGD.shape).astype(q_MGD.dtype),
         d_keys.reshape(keys_GND.shape).astype(keys_GND.dtype),
     )
+
+
+def _bag_in_turn(table_ND: Array, slots_MK: Array, weights_MK: Array) -> Array:
+    """`bag`, a column of slots at a time: XLA on CPU gathers narrow rows of all columns first, and
+    holds them side by side."""
+
+    def add(y_MD: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
+        slots_M, weights_M = column
+        return y_MD + weights_M[:, None] * table_ND[slots_M].astype(y_MD.dtype), None
+
+    zeros = jnp.zeros((slots_MK.shape[0], table_ND.shape[1]), weights_MK.dtype)
+    return lax.scan(add, vary_as(zeros, weights_MK), (slots_MK.T, weights_MK.T))[0]
 
 
 _halves.defvjp(_forward, _backward)
