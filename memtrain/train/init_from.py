@@ -42,7 +42,10 @@ class Source:
         ):
             if names:
                 say(f"  {title}: {', '.join(sorted(names))}")
-        return dataclasses.replace(state, parameters=state.parameters | loaded)
+        parameters = state.parameters | loaded
+        # The optimizer may keep a copy of what it updates.
+        init = jax.jit(plan.init_optimizer, out_shardings=plan.shardings().optimizer)
+        return dataclasses.replace(state, parameters=parameters, optimizer=init(parameters))
 
 
 def open_source(source: str, plan: Plan) -> Source:

@@ -145,3 +145,17 @@ def test_shares_of_rows_that_nothing_reaches_by_hand():
     assert float(found[f"memory/{NAME}.never_updated"]) == 0.25
     assert float(found[f"memory/{NAME}.idle"]) == 0.5
     assert float(usage({NAME: moments}, 900)[f"memory/{NAME}.idle"]) == 0
+
+
+def test_the_float32_copy_is_of_what_the_run_starts_from():
+    import jax.numpy as jnp
+
+    from memtrain.train.init_from import Source
+
+    plan = tiny.plan_of(experiment(table_rounding="master", slots=64))
+    state = plan.init()
+    table = np.asarray(state.parameters[NAME]) + 1
+    source = Source("x", {}, {NAME}, {NAME}, lambda names: {NAME: jnp.asarray(table)})
+    begun = source.into(state, plan, lambda line: None)
+    np.testing.assert_array_equal(begun.parameters[NAME], table)
+    np.testing.assert_array_equal(begun.optimizer.tables[NAME].master, table)
