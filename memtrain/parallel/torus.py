@@ -37,6 +37,8 @@ def arranged(shape: Sequence[int], devices: Sequence[Any], ring: int) -> np.ndar
                     within, across, devices, allow_split_physical_axes=split
                 )
         except (NotImplementedError, AssertionError, ValueError):
+            # How mesh_utils refuses: axes that fit no part of the torus, chips that fill no cuboid,
+            # processes that do not match slices. The caller says that it keeps JAX's order.
             continue
         return _with_rings(mesh, ring, within[ring])
     return None

@@ -8,6 +8,8 @@ as in Arjovsky et al. 2016, arXiv 1511.06464). `associative`: pairs of key and v
 which each key comes once more and asks for its value (Ba et al. 2016, arXiv 1610.06258).
 """
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 
 from memtrain.data.batch import Batch
@@ -85,7 +87,7 @@ def check_associative(task: AssociativeTask, seq_len: int) -> None:
     _check_room("associative", what, 2 * task.num_pairs - 1 + task.max_distance, seq_len)
 
 
-class _Rows:
+class _Rows(ABC):
     """A fixed training set in a new order every epoch, and a fixed held-out one."""
 
     name: str
@@ -106,8 +108,9 @@ class _Rows:
     def held_out(self, index: int) -> Asked:
         return self._made(derive(self._set_key, "validation", index))
 
+    @abstractmethod
     def _made(self, key: int) -> Asked:
-        raise NotImplementedError
+        """The row that a key draws."""
 
 
 class CopyRows(_Rows):
