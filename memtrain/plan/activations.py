@@ -142,7 +142,7 @@ def _residual_bytes(
     )
     shape = jax.ShapeDtypeStruct
     tables = {
-        name: shape((spec.num_slots, spec.value_dim), config.dtypes.params)
+        name: shape((spec.num_slots, spec.value_dim), config.dtypes.of_tables)
         for name, spec in table_specs(pattern).items()
     }
     x = shape((rows, tokens, config.dim), config.dtypes.compute)

@@ -16,6 +16,7 @@ from memtrain.parallel.config import AXES, MeshConfig
 from memtrain.parallel.sharding import names_of, partition_spec
 from memtrain.plan.layout import tokens_of
 from memtrain.train.state import Plan
+from memtrain.train.tables import LazyTables
 
 
 def abstract_mesh(config: MeshConfig) -> Mesh:
@@ -60,6 +61,7 @@ class StateSizes:
     parameters: tuple[Leaf, ...]
     optimizer: Size
     carry: Size
+    tables: LazyTables
 
     def total(self, *, trained_only: bool = False) -> Size:
         """Of the parameters."""
@@ -109,7 +111,8 @@ def _state_sizes(experiment: Experiment, vocab_size: int) -> StateSizes:
                 for leaf in specs
             ),
         )
-    return StateSizes(tuple(leaves), _moments(shapes.optimizer, leaves, mesh), carry)
+    moments = _moments(shapes.optimizer, leaves, mesh)
+    return StateSizes(tuple(leaves), moments, carry, plan.tables)
 
 
 def _moments(optimizer: Any, parameters: list[Leaf], mesh: Mesh) -> Size:

@@ -32,3 +32,10 @@ def compiled(experiment: Experiment) -> Compiled:
 DENSE = Attention(num_heads=4)
 WIDE = BlockConfig(mixer=Attention(num_heads=8, num_kv_heads=4), ffn=SwiGLU(hidden=2752))
 MEMORY = (Window(128, num_heads=4), Block(mixer=Attention(num_heads=4), ffn=TABLE))
+LARGE_TABLE = (
+    Window(128, num_heads=4),
+    Block(
+        mixer=Attention(num_heads=4),
+        ffn=ProductKeyMemory(num_slots=1024**2, num_heads=2, top_k=8, value_dim=64),
+    ),
+)

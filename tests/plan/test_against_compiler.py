@@ -1,7 +1,7 @@
 """The estimate against the compiler's own figures."""
 
 import pytest
-from plan_shapes import DENSE, MEMORY, TABLE, VOCAB, WIDE, compiled, experiment
+from plan_shapes import DENSE, LARGE_TABLE, MEMORY, TABLE, VOCAB, WIDE, compiled, experiment
 
 from memtrain.layers import Attention, SwiGLU
 from memtrain.model.config import Block
@@ -20,6 +20,10 @@ SHAPES = {
     "dense, 8 replicas": lambda: experiment(DENSE, rows=16, mesh=MeshConfig(data=8)),
     "wide, sharded over 8": lambda: experiment(
         WIDE, rows=16, seq_len=256, dim=1024, repeats=3, mesh=MeshConfig(fsdp=8)
+    ),
+    "a large table, by rows": lambda: experiment(*LARGE_TABLE),
+    "a large table, by rows, 4 replicas": lambda: experiment(
+        *LARGE_TABLE, rows=8, mesh=MeshConfig(data=4)
     ),
     "wide, on three axes": lambda: experiment(
         WIDE, rows=4, dim=512, mesh=MeshConfig(fsdp=2, context=2, tensor=2)
