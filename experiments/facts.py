@@ -9,12 +9,10 @@
 After Memory Layers at Scale (Berges et al. 2024, arXiv 2412.09764). A table of facts, (entity,
 relation) -> one of 256 values, is learned by heart. The models are alike but for the feed-forward
 place of their second block: a product-key memory of 128 x 128 slots, a SwiGLU of the same FLOPs, or
-a SwiGLU of the same number of parameters, which computes 17 times as much for every token.
+a SwiGLU of the same number of parameters, which computes 16 times as much for every token.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from memtrain.config import Experiment, override
@@ -119,17 +117,23 @@ ARMS: dict[str, Callable[[], Experiment]] = {
 
 
 def _main() -> None:
-    from memtrain.evaluate.study import run_arm, size_of, where_measured, write_study
+    from memtrain.evaluate.study import (
+        draw_study,
+        run_arm,
+        size_of,
+        study_arguments,
+        where_measured,
+        write_study,
+    )
 
-    parser = argparse.ArgumentParser(description="The study of docs/results/facts.md.")
+    parser = study_arguments(
+        "The study of docs/results/facts.md.", runs="runs/study-facts", seeds=SEEDS
+    )
     parser.add_argument("--facts", type=int, nargs="+", default=list(STEPS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--runs", type=Path, default=Path("runs/study-facts"))
-    parser.add_argument("--out", type=Path, help="figures as JSON")
-    parser.add_argument("--plot", type=Path, help="a picture, .png")
     given = parser.parse_args()
-    found = []
+    found: list[dict[str, Any]] = []
+    panels: dict[str, list[Any]] = {}
     for num_facts in given.facts:
         for name in given.arms:
             candidates = _candidates(name, num_facts)
@@ -140,6 +144,8 @@ def _main() -> None:
             tokens_per_step = ROWS * experiment.train.seq_len
             size["training_flops_per_step"] = 3 * size["forward_flops_per_token"] * tokens_per_step
             found.append({"facts": num_facts, "arm": name, **size, **arm.as_dict()})
+            panel = panels.setdefault(f"{num_facts:,} facts", [])
+            panel.append((arm, size["training_flops_per_step"]))
     for row in found:
         rates = " / ".join(f"{score:.3f}" for score in row["candidates"].values())
         print(
@@ -150,39 +156,7 @@ def _main() -> None:
     if given.out is not None:
         write_study(given.out, {"results": found, "where": where_measured()})
     if given.plot is not None:
-        _plot(found, given.plot)
-
-
-def _plot(found: list[dict[str, Any]], path: Path) -> None:
-    """Share of the facts recalled against FLOPs trained, a panel for each table."""
-    import numpy as np
-
-    from memtrain.evaluate.plots import PALETTE, as_png, new_figure, styled
-
-    sizes = list(dict.fromkeys(row["facts"] for row in found))
-
-    @styled
-    def draw() -> bytes:
-        figure = new_figure(4.6 * len(sizes), 3.6)
-        panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
-        for panel, size in zip(panels, sizes, strict=True):
-            for row in (row for row in found if row["facts"] == size):
-                colour = PALETTE[list(ARMS).index(row["arm"])]
-                curves = list(row["seeds"].values())
-                flops = np.array(curves[0]["steps"]) * row["training_flops_per_step"]
-                scores = np.array([curve["scores"] for curve in curves])
-                for one in scores:
-                    panel.plot(flops, one, color=colour, alpha=0.25, linewidth=1)
-                panel.plot(flops, scores.mean(0), color=colour, label=row["arm"])
-            panel.set_title(f"{size:,} facts")
-            panel.set_xscale("log")
-            panel.set_xlabel("FLOPs trained")
-            panel.set_ylim(0, 1.03)
-        panels[0].set_ylabel("facts recalled")
-        panels[0].legend(frameon=False, fontsize=9, loc="upper left")
-        return as_png(figure)
-
-    path.write_bytes(draw())
+        draw_study(given.plot, panels, x="FLOPs trained", y="facts recalled", log_x=True)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ and start as induction heads, so that what is compared is what they can see, not
 to look. Without that start full attention does not learn these cells from as few examples.
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 from memtrain.config import Experiment, override
@@ -88,18 +86,25 @@ def _cell(base: Experiment, length: int, pairs: int, vocab: int, rate: float) ->
 
 def _main() -> None:
     from memtrain.data.tasks.mqar import ZOOLOGY
-    from memtrain.evaluate.study import run_arm, size_of, where_measured, write_study
+    from memtrain.evaluate.study import (
+        draw_study,
+        run_arm,
+        size_of,
+        study_arguments,
+        where_measured,
+        write_study,
+    )
 
-    parser = argparse.ArgumentParser(description="The study of docs/results/mqar.md.")
+    parser = study_arguments(
+        "The study of docs/results/mqar.md.", runs="runs/study-mqar", seeds=SEEDS
+    )
     parser.add_argument("--cells", nargs="+", default=["64,4", "128,8"], metavar="N,D")
     parser.add_argument("--vocab", type=int, default=1024)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--runs", type=Path, default=Path("runs/study-mqar"))
-    parser.add_argument("--out", type=Path, help="figures as JSON")
-    parser.add_argument("--plot", type=Path, help="a picture, .png")
     given = parser.parse_args()
     cells = ZOOLOGY if given.cells == ["all"] else [map(int, c.split(",")) for c in given.cells]
-    arms, found = {"full": full(), "window": window(), "window and bank": window_and_bank()}, []
+    arms = {"full": full(), "window": window(), "window and bank": window_and_bank()}
+    found: list[dict[str, Any]] = []
+    panels: dict[str, list[Any]] = {}
     for length, pairs in cells:
         for name, base in arms.items():
             candidates = {
@@ -110,6 +115,7 @@ def _main() -> None:
             arm = run_arm(name, candidates, given.seeds, folder)
             size = size_of(candidates[arm.chosen], given.vocab)
             found.append({"tokens": length, "pairs": pairs, "arm": name, **size, **arm.as_dict()})
+            panels.setdefault(f"{length} tokens, {pairs} pairs", []).append((arm, 1))
     for row in found:
         rates = " / ".join(f"{score:.3f}" for score in row["candidates"].values())
         print(
@@ -119,38 +125,7 @@ def _main() -> None:
     if given.out is not None:
         write_study(given.out, {"results": found, "where": where_measured()})
     if given.plot is not None:
-        _plot(found, given.plot)
-
-
-def _plot(found: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy on the way, a panel for each cell: the mean of the seeds, and each of them."""
-    import numpy as np
-
-    from memtrain.evaluate.plots import PALETTE, as_png, new_figure, styled
-
-    cells = list(dict.fromkeys((row["tokens"], row["pairs"]) for row in found))
-    arms = list(dict.fromkeys(row["arm"] for row in found))
-
-    @styled
-    def draw() -> bytes:
-        figure = new_figure(4.6 * len(cells), 3.6)
-        panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
-        for panel, cell in zip(panels, cells, strict=True):
-            for row in (row for row in found if (row["tokens"], row["pairs"]) == cell):
-                colour = PALETTE[arms.index(row["arm"])]
-                curves = list(row["seeds"].values())
-                scores = np.array([curve["scores"] for curve in curves])
-                for one in scores:
-                    panel.plot(curves[0]["steps"], one, color=colour, alpha=0.25, linewidth=1)
-                panel.plot(curves[0]["steps"], scores.mean(0), color=colour, label=row["arm"])
-            panel.set_title(f"{cell[0]} tokens, {cell[1]} pairs")
-            panel.set_xlabel("step")
-            panel.set_ylim(0, 1.03)
-        panels[0].set_ylabel("questions answered right")
-        panels[-1].legend(frameon=False, fontsize=9, loc="lower right")
-        return as_png(figure)
-
-    path.write_bytes(draw())
+        draw_study(given.plot, panels, x="step", y="questions answered right")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ others too. The same data, steps and seeds for all arms are the caller's to give
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -15,18 +16,20 @@ import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from memtrain.config import Experiment
+from memtrain.evaluate.plots import PALETTE, as_png, new_figure, styled
 from memtrain.memory.protocol import spec_bytes
 from memtrain.model.flops import forward_flops
 from memtrain.model.parameters import Skeleton
 from memtrain.train.metrics import FILE_NAME as METRICS
 from memtrain.train.metrics import read_lines
+from memtrain.train.records import versions
 from memtrain.train.run import train
 
 
@@ -154,9 +157,59 @@ def where_measured() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "processor": processor,
         "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
-        "python": platform.python_version(),
+        "versions": versions(),
     }
+
+
+def study_arguments(
+    description: str, *, runs: str, seeds: Sequence[int]
+) -> argparse.ArgumentParser:
+    """The command line of a study: its seeds, where its runs live, and what it writes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    parser.add_argument("--runs", type=Path, default=Path(runs), help="done ones are not repeated")
+    parser.add_argument("--out", type=Path, help="figures as JSON")
+    parser.add_argument("--plot", type=Path, help="a picture, .png")
+    return parser
+
+
+def draw_study(
+    path: Path,
+    panels: Mapping[str, Sequence[tuple[Arm, float]]],
+    *,
+    x: str,
+    y: str,
+    log_x: bool = False,
+) -> None:
+    """Scores on the way as a .png, a panel for each title: the mean of the seeds, and each of them.
+
+    panels: arms, each with what a step counts for along x. Arms of one name have one colour.
+    """
+    arms = list(dict.fromkeys(arm.name for rows in panels.values() for arm, _ in rows))
+
+    @styled
+    def draw() -> bytes:
+        figure = new_figure(4.6 * len(panels), 3.6)
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for panel, (title, rows) in zip(axes, panels.items(), strict=True):
+            for arm, unit in rows:
+                colour = PALETTE[arms.index(arm.name)]
+                curves = list(arm.curves.values())
+                at = unit * np.array(curves[0].steps)
+                scores = np.array([curve.scores for curve in curves])
+                for one in scores:
+                    panel.plot(at, one, color=colour, alpha=0.25, linewidth=1)
+                panel.plot(at, scores.mean(0), color=colour, label=arm.name)
+            panel.set_title(title)
+            if log_x:
+                panel.set_xscale("log")
+            panel.set_xlabel(x)
+            panel.set_ylim(0, 1.03)
+        axes[0].set_ylabel(y)
+        axes[0].legend(frameon=False, fontsize=9, loc="lower right")
+        return as_png(figure)
+
+    path.write_bytes(draw())
 
 
 def write_study(path: Path, found: Mapping[str, Any]) -> None:

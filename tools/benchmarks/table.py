@@ -7,7 +7,6 @@ them: the same tables under dense Adam, and how much of the small step is the me
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import statistics
 from dataclasses import dataclass
@@ -92,7 +91,8 @@ class Step:
     """A training step that can be called again and again, each time with the next batch."""
 
     def __init__(self, options: Options, slots: int | None, update: str = "lazy"):
-        memory = SwiGLU(hidden=options.dim)
+        mixer = Window(64, num_heads=options.dim // 32)
+        pattern = [Block(mixer=mixer, ffn=SwiGLU(hidden=2 * options.dim))]
         if slots is not None:
             memory = ProductKeyMemory(
                 num_slots=slots,
@@ -101,23 +101,13 @@ class Step:
                 key_dim=options.key_dim,
                 value_dim=options.value_dim,
             )
-        mixer = Window(64, num_heads=options.dim // 32)
+            pattern.append(Block(ffn=memory))
         experiment = Experiment(
             name="table",
-            model=ModelConfig(
-                dim=options.dim,
-                pattern=(
-                    Block(mixer=mixer, ffn=SwiGLU(hidden=2 * options.dim)),
-                    Block(mixer=None, ffn=memory if slots is not None else None),
-                ),
-            ),
+            model=ModelConfig(dim=options.dim, pattern=tuple(pattern)),
             train=TrainConfig(batch_size=options.batch_size, seq_len=options.seq_len),
             optimizer=OptimizerConfig(table_update=update),  # type: ignore[arg-type]
         )
-        if slots is None:
-            model = experiment.model
-            model = dataclasses.replace(model, pattern=model.pattern[:1])
-            experiment = dataclasses.replace(experiment, model=model)
         self.plan = Plan.of(experiment, options.vocab, mesh_of(MeshConfig()))
         self.step = make_train_step(self.plan)
         self.state = self.plan.init()
