@@ -44,12 +44,18 @@ class Dtypes:
     """Dtypes by role. They come from here, never from the dtype of an input."""
 
     params: DtypeName = "float32"
+    tables: DtypeName | None = None
+    """Memory tables; as `params` unless given."""
     compute: DtypeName = "float32"
     """Activations and the residual stream."""
     matmul: DtypeName = "float32"
     """Operands of matrix products; results have the dtype of the activations."""
     state: DtypeName = "float32"
     """Keys, values and other content that a memory carries. Sums and statistics stay float32."""
+
+    @property
+    def of_tables(self) -> DtypeName:
+        return self.tables or self.params
 
 
 @dataclass(frozen=True, kw_only=True)

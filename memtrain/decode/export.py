@@ -86,20 +86,20 @@ def _export(model, experiment, tokenizer, out, created_from, dtype, programs) ->
     experiment = dataclasses.replace(experiment, model=config)
 
     tokens, starts = golden_prompts(config, vocab_size, tokenizer)
-    trained = from_tensors(_in_float32(config), vocab_size, _cast(original, "float32"))
+    trained = from_tensors(_in_float32(config), vocab_size, _cast(original, FLOAT32))
     with jax.default_matmul_precision("highest"):
         reference, _ = training_logits(stack_model(trained), tokens, starts)
     at = kept_positions(tokens.shape[1], vocab_size, tokens.shape[0])
     golden = Golden(tokens, starts, at, reference[:, at])
 
-    tensors = _cast(original, config.dtypes.params)
+    tensors = _cast(original, config.dtypes)
     same = config.dtypes.params == "float32" and model.config.dtypes.params == "float32"
 
     def check(artifact: Artifact) -> dict[str, Any]:
         weights = artifact.weights()
         in_float32 = weights
         if config.dtypes != FLOAT32:
-            upcast = _cast(artifact.tensors(), "float32")
+            upcast = _cast(artifact.tensors(), FLOAT32)
             in_float32 = from_tensors(_in_float32(config), vocab_size, upcast)
         found = {"float32": exact_parity(in_float32, tokens, starts, reference if same else None)}
         if config.dtypes != FLOAT32:
@@ -145,7 +145,7 @@ def _dtypes(trained: Dtypes, dtype: DtypeName | None) -> Dtypes:
     if dtype == "float32":
         return FLOAT32
     if dtype == "bfloat16":
-        return dataclasses.replace(trained, params="bfloat16", matmul="bfloat16")
+        return dataclasses.replace(trained, params="bfloat16", tables=None, matmul="bfloat16")
     raise BadInput(f"--dtype {dtype}: an artifact is float32 or bfloat16")
 
 
@@ -153,8 +153,11 @@ def _in_float32(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, dtypes=FLOAT32)
 
 
-def _cast(tensors: Mapping[str, np.ndarray], dtype: DtypeName) -> dict[str, np.ndarray]:
+def _cast(tensors: Mapping[str, np.ndarray], dtypes: Dtypes) -> dict[str, np.ndarray]:
+    def dtype(name: str) -> Any:
+        return jnp.dtype(dtypes.of_tables if name.startswith("tables.") else dtypes.params)
+
     return {
-        name: t.astype(jnp.dtype(dtype)) if jnp.issubdtype(t.dtype, jnp.floating) else t
+        name: t.astype(dtype(name)) if jnp.issubdtype(t.dtype, jnp.floating) else t
         for name, t in tensors.items()
     }

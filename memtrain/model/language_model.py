@@ -87,7 +87,7 @@ class LanguageModel(nnx.Module):
                     (
                         spec.value_dim**-0.5
                         * jax.random.normal(rngs.params(), (spec.num_slots, spec.value_dim))
-                    ).astype(dtypes.params),
+                    ).astype(dtypes.of_tables),
                     logical_axes=("slots", "value_dim"),
                 )
                 for name, spec in table_specs(pattern).items()

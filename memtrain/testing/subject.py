@@ -42,7 +42,7 @@ class Subject:
         # Unit rows, larger than a model's: what the memory reads must be felt in its output.
         self.tables = {
             name: jnp.asarray(
-                rng.normal(size=(spec.num_slots, spec.value_dim)), jnp.dtype(dtypes.params)
+                rng.normal(size=(spec.num_slots, spec.value_dim)), jnp.dtype(dtypes.of_tables)
             )
             for name, spec in self.memory.table_specs().items()
         }

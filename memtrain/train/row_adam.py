@@ -42,6 +42,16 @@ class TableMoments(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Shard:
+    """Which part of a table a device has: where it begins, and inside `jax.shard_map` the mesh axes
+    whose devices have the other columns of its rows."""
+
+    first_row: Array | int = 0
+    first_column: Array | int = 0
+    over_columns: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class RowAdam:
     """The constants. rounding: how float32 results become a bfloat16 table's numbers: to the
     nearest; up or down by chance, so that small updates are not lost on average; or to the nearest,
@@ -83,16 +93,17 @@ class RowAdam:
         moments: TableMoments,
         gradients: RowGradients,
         now: Now,
-        first: Int[Array, ""] | int = 0,
-        first_column: Int[Array, ""] | int = 0,
+        shard: Shard = Shard(),
     ) -> tuple[Float[Array, "N V"], TableMoments]:
-        """gradients: ids are rows of `table`, a shard that begins at row `first`, column
-        `first_column` of the whole."""
+        """gradients: ids are rows of `table`, which is this shard of the whole."""
         N, ids = table.shape[0], gradients.ids
         here = jnp.minimum(ids, N - 1)
         rows, own = jax.tree.map(lambda a: a[here], (table, moments))
-        new = self._step(rows, own, gradients.rows, now, first + here, first_column)
+        new = self._step(rows, own, gradients.rows, now, shard.first_row + here, shard.first_column)
         moved = (ids != NO_ROW) & jnp.any(gradients.rows != 0, axis=-1) & now.good
+        if shard.over_columns:
+            # A row moves as a whole: what is zero in these columns may not be so in the others.
+            moved = jax.lax.pmax(moved.astype(jnp.int32), shard.over_columns) > 0
         # Whatever does not move gets a target of its own outside: all are then unique.
         target = jnp.where(moved, ids, N + jax.lax.iota(jnp.int32, ids.size))
 

@@ -114,8 +114,9 @@ def _train_one(
         check_fingerprint(run["fingerprint"], fingerprint)
     plan = Plan.of(experiment, _vocab_size(experiment, pipeline), mesh)
     check_room(plan, device_bytes(jax.local_devices()[0]))
-    if plan.tokens.why:
-        say(plan.tokens.why)
+    for reason in (plan.tokens.why, *plan.tables.why):
+        if reason:
+            say(reason)
     source = None
     if config.init_from is not None and not has_checkpoints(run_dir / records.CHECKPOINTS):
         source = open_source(config.init_from, plan)

@@ -53,13 +53,16 @@ class Reads:
     d: Array
 
 
-def read_shapes(skeleton: Skeleton) -> ReadShapes:
-    """How each layer reads the tables of the model: asked of the layers themselves, on shapes."""
+def read_shapes(skeleton: Skeleton) -> tuple[ReadShapes, dict[str, str]]:
+    """How each layer reads the tables of the model: asked of the layers themselves, on shapes. And
+    by table, why its gradient cannot be of rows, for those whose reads cannot be gathered.
+    """
     config = skeleton.config
     model = skeleton.merge(skeleton.shapes)  # type: ignore[arg-type]
     tables: Any = {name: skeleton.shapes[PREFIX + name] for name in model.tables}
     length = 2
-    of_pattern = []
+    of_pattern: ReadShapes = []
+    unfit: dict[str, str] = {}
     for stacked in model.blocks:
         block = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), stacked)
         found: dict[str, dict[str, ReadShape]] = {}
@@ -79,18 +82,26 @@ def read_shapes(skeleton: Skeleton) -> ReadShapes:
                 return memory(x, None, ctx)[2].table_reads
 
             shapes = jax.eval_shape(reads, memory, tables)
-            if missing := memory.table_specs().keys() - shapes.keys():
-                raise ValueError(
-                    f"{type(memory).__name__} does not report what it reads of table "
-                    f"{min(missing)!r}: read it by memtrain.memory.table.read_table, or set "
-                    'optimizer.table_gradient="dense"'
+            for name in memory.table_specs().keys() - shapes.keys():
+                unfit[name] = (
+                    f"{type(memory).__name__} does not report what it reads of it "
+                    "(memtrain.memory.table.read_table does)"
                 )
             found[place] = {
                 name: ReadShape(read.slots.shape[1] // length, read.slots.shape[2])
                 for name, read in shapes.items()
             }
         of_pattern.append(found)
-    return of_pattern * config.repeats
+    for name in tables:
+        bags = {
+            shapes[name].reads
+            for places in of_pattern
+            for shapes in places.values()
+            if name in shapes
+        }
+        if len(bags) > 1:
+            unfit[name] = "its layers make different numbers of reads a token"
+    return of_pattern * config.repeats, unfit
 
 
 def rows_read(shapes: ReadShapes, table: str, tokens: int) -> int:
@@ -134,11 +145,6 @@ def reads_of(
             if name in report.table_reads
         ]
         K = max(read.slots.shape[-1] for read, _ in of_layers)
-        if len({read.slots.shape[:-1] for read, _ in of_layers}) > 1:
-            raise ValueError(
-                f"layers make different numbers of reads a token of table {name!r}: give them "
-                'tables of their own, or set optimizer.table_gradient="dense"'
-            )
 
         def wide(x: Array, fill: float, K: int = K) -> Array:
             missing = K - x.shape[-1]

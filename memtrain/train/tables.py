@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from memtrain.config import Experiment
+from memtrain.errors import BadInput
 from memtrain.model.parameters import Parameters, Skeleton
 from memtrain.parallel.sharding import names_of, partition_spec
-from memtrain.train.row_adam import Now, RowAdam, TableMoments
+from memtrain.train.row_adam import Now, RowAdam, Shard, TableMoments
 from memtrain.train.table_gradients import (
     PREFIX,
     Reads,
@@ -39,7 +40,8 @@ class OptimizerState(NamedTuple):
 class LazyTables:
     """The tables that are updated lazily, by parameter name.
 
-    by_rows: those of them whose gradient is of the rows that were read. shapes: how layers read.
+    by_rows: those of them whose gradient is of the rows that were read. shapes: how layers read;
+    empty where gradients are tables by choice. always: rows by choice. unfit: never.
     """
 
     skeleton: Skeleton
@@ -48,32 +50,62 @@ class LazyTables:
     names: tuple[str, ...] = ()
     by_rows: frozenset[str] = frozenset()
     shapes: ReadShapes = dataclasses.field(default_factory=list)
+    always: bool = False
+    unfit: frozenset[str] = frozenset()
+    why: tuple[str, ...] = ()
+    """Of tables whose gradient is a table for want of something, what that is."""
 
     @classmethod
     def of(
-        cls,
-        experiment: Experiment,
-        skeleton: Skeleton,
-        mesh: Any,
-        trained: set[str],
+        cls, experiment: Experiment, skeleton: Skeleton, mesh: Any, trained: set[str]
     ) -> LazyTables:
-        """trained: the trained tables."""
+        """trained: the trained tables. Raises BadInput for what they cannot be given."""
         config, train = experiment.optimizer, experiment.train
         adam = RowAdam(config.beta1, config.beta2, config.epsilon, config.table_rounding)
         if config.table_update == "dense" or not trained:
             return cls(skeleton, mesh, adam)
         names = tuple(sorted(trained))
+        narrow = [name for name in names if skeleton.shapes[name].dtype == jnp.bfloat16]
+        if config.table_rounding != "nearest" and not narrow:
+            raise BadInput(
+                f"optimizer.table_rounding={config.table_rounding}: the tables are float32 and not "
+                "rounded; set model.dtypes.tables=bfloat16, or leave it out"
+            )
+        found = cls(skeleton, mesh, adam, names)
         if config.table_gradient == "dense":
-            return cls(skeleton, mesh, adam, names)
-        shapes, tokens = read_shapes(skeleton), train.batch_size * train.seq_len
-        found = cls(skeleton, mesh, adam, names, frozenset(), shapes)
-        by_rows = [
+            return found
+        shapes, unfit = read_shapes(skeleton)
+        why = []
+        for name in names:
+            table = name.removeprefix(PREFIX)
+            if table in unfit and config.table_gradient == "rows":
+                raise BadInput(f"optimizer.table_gradient=rows: table {table!r}: {unfit[table]}")
+            if table in unfit:
+                why.append(f"table {table!r} gets a gradient of its size: {unfit[table]}")
+        found = dataclasses.replace(
+            found,
+            shapes=shapes,
+            always=config.table_gradient == "rows",
+            unfit=frozenset(PREFIX + table for table in unfit),
+            why=tuple(why),
+        )
+        by_rows = found.by_rows_at(train.batch_size * train.seq_len)
+        return dataclasses.replace(found, by_rows=by_rows)
+
+    def by_rows_at(self, tokens: int) -> frozenset[str]:
+        """What `by_rows` is of a step of so many tokens."""
+        if not self.shapes:
+            return frozenset()
+        return frozenset(
             name
-            for name in names
-            if config.table_gradient == "rows"
-            or rows_read(shapes, name.removeprefix(PREFIX), tokens) < found.local_rows(name)
-        ]
-        return dataclasses.replace(found, by_rows=frozenset(by_rows))
+            for name in self.names
+            if name not in self.unfit
+            and (self.always or self.rows_read(name, tokens) < self.local_rows(name))
+        )
+
+    def rows_read(self, name: str, tokens: int) -> int:
+        """The most rows of a table that a step of so many tokens reads."""
+        return rows_read(self.shapes, name.removeprefix(PREFIX), tokens)
 
     def spec(self, name: str) -> PartitionSpec:
         """How a table lies on the mesh."""
@@ -115,14 +147,12 @@ class LazyTables:
         """The tables and their moments after a step. gradients: scaled and clipped."""
         tables, after = {}, {}
         for name in self.names:
-            update = self._by_rows if name in self.by_rows else self._whole
-            tables[name], after[name] = update(
-                name, parameters[name], moments[name], gradients[name], now
-            )
+            given = (parameters[name], moments[name], gradients[name], now)
+            if name in self.by_rows:
+                tables[name], after[name] = self._by_rows(name, *given)
+            else:
+                tables[name], after[name] = self.adam.update_table(*given)
         return tables, after
-
-    def _whole(self, name: str, table: Array, moments: TableMoments, gradient: Array, now: Now):
-        return self.adam.update_table(table, moments, gradient, now)
 
     def _by_rows(
         self, name: str, table: Array, moments: TableMoments, gradients: RowGradients, now: Now
@@ -130,13 +160,15 @@ class LazyTables:
         if self.mesh.size == 1:
             return self.adam.update_rows(table, moments, gradients, now)
         spec = self.spec(name)
-        rows = names_of(spec[0])
-        columns = names_of(spec[1])
+        rows, columns = names_of(spec[0]), names_of(spec[1])
 
         def own(table, moments, gradients, now):
-            first = jax.lax.axis_index(rows) * table.shape[0] if rows else 0
-            column = jax.lax.axis_index(columns) * table.shape[1] if columns else 0
-            return self.adam.update_rows(table, moments, gradients, now, first, column)
+            shard = Shard(
+                first_row=jax.lax.axis_index(rows) * table.shape[0] if rows else 0,
+                first_column=jax.lax.axis_index(columns) * table.shape[1] if columns else 0,
+                over_columns=columns,
+            )
+            return self.adam.update_rows(table, moments, gradients, now, shard)
 
         specs = (spec, self.moments_specs(moments, name))
         return jax.shard_map(

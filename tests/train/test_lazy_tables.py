@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from memtrain.errors import BadInput
 from memtrain.layers import Block, ProductKeyMemory, Window
+from memtrain.memory import ProductKeyMemory as ProductKeyMemoryModule
 from memtrain.parallel.config import MeshConfig
 from memtrain.parallel.sharding import batch_sharding
 from memtrain.train.config import OptimizerConfig
@@ -18,7 +20,9 @@ NAME = "tables.memory"
 STEPS = 3
 
 
-def experiment(mesh=None, repeats=2, scan_unroll=None, accumulation=1, slots=1024, **optimizer):
+def experiment(
+    mesh=None, repeats=2, scan_unroll=None, accumulation=1, slots=1024, tables=None, **optimizer
+):
     """Two layers that share a table and read it by different numbers of rows, repeated."""
     base = tiny.experiment(mesh=mesh, accumulation_steps=accumulation)
     wide = ProductKeyMemory(num_slots=slots, num_heads=2, top_k=3, key_dim=8, value_dim=16)
@@ -31,6 +35,7 @@ def experiment(mesh=None, repeats=2, scan_unroll=None, accumulation=1, slots=102
         ),
         repeats=repeats,
         scan_unroll=scan_unroll,
+        dtypes=dataclasses.replace(base.model.dtypes, tables=tables),
     )
     config = dataclasses.replace(
         base.optimizer, table_learning_rate=3e-2, table_clip_norm=0.5, **optimizer
@@ -152,10 +157,86 @@ def test_the_float32_copy_is_of_what_the_run_starts_from():
 
     from memtrain.train.init_from import Source
 
-    plan = tiny.plan_of(experiment(table_rounding="master", slots=64))
+    plan = tiny.plan_of(experiment(tables="bfloat16", table_rounding="master", slots=64))
     state = plan.init()
     table = np.asarray(state.parameters[NAME]) + 1
     source = Source("x", {}, {NAME}, {NAME}, lambda names: {NAME: jnp.asarray(table)})
     begun = source.into(state, plan, lambda line: None)
     np.testing.assert_array_equal(begun.parameters[NAME], table)
     np.testing.assert_array_equal(begun.optimizer.tables[NAME].master, table)
+
+
+def test_a_row_moves_as_a_whole_where_its_columns_lie_on_several_devices():
+    """Half of a row may have no gradient: its counts are one, on the devices of both halves."""
+    from jax.sharding import NamedSharding
+
+    from memtrain.train.row_adam import Now
+    from memtrain.train.table_gradients import row_gradients_spec
+    from memtrain_kernels import RowGradients
+
+    plan = tiny.plan_of(experiment(mesh=MeshConfig(tensor=2), table_gradient="rows", slots=64))
+    tables, state = plan.tables, plan.init()
+    rows = np.ones((3, 16), np.float32)
+    rows[0, 8:] = rows[1] = 0
+    found = RowGradients(np.int32([4, 9, 30]), rows, np.int32([3]))
+    place = lambda x, spec: jax.device_put(x, NamedSharding(plan.mesh, spec))  # noqa: E731
+    found = jax.tree.map(place, found, row_gradients_spec(tables.spec(NAME)))
+    now = Now(np.float32(0.1), np.int32(7), np.uint32(1), np.bool_(True))
+    before = np.asarray(state.parameters[NAME])
+    after, moments = jax.jit(tables.update)(
+        {NAME: state.parameters[NAME]}, state.optimizer.tables, {NAME: found}, now
+    )
+    for counts in (moments[NAME].updates, moments[NAME].last_step):
+        first, second = (np.asarray(shard.data) for shard in counts.addressable_shards)
+        np.testing.assert_array_equal(first, second)
+    assert np.flatnonzero(np.asarray(moments[NAME].updates)).tolist() == [4, 30]
+    moved = np.asarray(after[NAME]) != before
+    assert np.flatnonzero(moved.any(1)).tolist() == [4, 30]
+    assert moved[4, :8].all() and not moved[4, 8:].any() and moved[30].all()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "master"])
+def test_a_table_in_bfloat16_learns_by_rows_and_whole_alike(rounding):
+    """By chance too: what a number is rounded to depends on the step and its place alone."""
+    by = [
+        after_steps(experiment(tables="bfloat16", table_rounding=rounding, table_gradient=gradient))
+        for gradient in ("rows", "dense")
+    ]
+    (plan, before, _, rows), (_, _, _, whole) = by
+    assert rows.dtype == whole.dtype == "bfloat16"
+    assert plan.skeleton.shapes["embedding"].dtype == np.float32
+    rows, whole, before = (x.astype(np.float32) for x in (rows, whole, before))
+    moved = np.abs(whole - before).max()
+    assert moved > 0.01
+    # A whole gradient of each layer is in bfloat16, one of rows in float32: where it is next to
+    # nothing its sign may differ, and Adam goes by signs at first.
+    differ = np.abs(rows - whole) > 1e-2 * moved + 2.0**-7 * np.abs(whole)
+    assert np.mean(differ) < 1e-3
+
+
+def test_float32_tables_are_not_rounded():
+    with pytest.raises(BadInput, match=r"rounding=stochastic: .* model\.dtypes\.tables=bfloat16"):
+        tiny.plan_of(experiment(table_rounding="stochastic"))
+
+
+class ReadsByItself(ProductKeyMemoryModule):
+    """Reads its table without saying so, as a layer could before there was anything to say."""
+
+    def __call__(self, x, state, ctx):
+        y, state, aux = super().__call__(x, state, dataclasses.replace(ctx, taps=None))
+        return y, state, aux
+
+
+def test_a_layer_that_does_not_report_its_reads_gets_a_whole_gradient(monkeypatch):
+    import memtrain.memory.product_key as module
+
+    monkeypatch.setattr(module, "ProductKeyMemory", ReadsByItself)
+    tables = tiny.plan_of(experiment(slots=4096)).tables
+    assert tables.names == (NAME,) and not tables.by_rows
+    assert tables.why == (
+        "table 'memory' gets a gradient of its size: ReadsByItself does not report what it reads "
+        "of it (memtrain.memory.table.read_table does)",
+    )
+    with pytest.raises(BadInput, match="table_gradient=rows: table 'memory': ReadsByItself"):
+        tiny.plan_of(experiment(slots=4096, table_gradient="rows"))
