@@ -1,24 +1,27 @@
-"""What is a bank worth when a text comes again? In the quickstart's model, for its full attention.
+"""What is a bank worth when a text comes again, far beyond the window?
 
-    memtrain train experiments/bank_reread.py:bank
-    memtrain train experiments/bank_reread.py:one_softmax
-    memtrain train experiments/bank_reread.py:window
+    memtrain train experiments/bank_reread.py:bank           # one_softmax, window, full
     memtrain evaluate runs/bank-reread-bank --task reread
 
-`bank` looks up 8 of the 4,096 positions before a window of 64, and joins them by a gate;
-`one_softmax` joins them with the window under one softmax; `window` has the window alone. All have
-the same projections, convolved keys and start, the same data, steps and seed; `full` is the
-quickstart's own full attention.
+    python experiments/bank_reread.py                        # the study of docs/results
+
+`bank` looks up 8 of the 4,096 positions before a window of 64 and joins them by a gate;
+`one_softmax` joins them with the window under one softmax; `window` has the window alone; `full`
+attends to everything. All have the same projections, convolved keys and start, data and steps. A
+tenth of the training rows holds a passage twice; what is measured is held-out text, 512 bytes read
+twice in a row: the second reading begins eight windows after the first.
 """
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import quickstart
-
-from memtrain.config import Experiment
+from memtrain.config import Experiment, override
+from memtrain.data.config import DataConfig, RereadTask
 from memtrain.description import LayerDescription
-from memtrain.layers import Attention, BankMemory, Block
+from memtrain.layers import Attention, BankMemory, Block, ModelConfig, ShortConv, SwiGLU, Window
+from memtrain.train.config import OptimizerConfig, TrainConfig
 
 
 ALIKE: dict[str, Any] = {
@@ -29,6 +32,8 @@ ALIKE: dict[str, Any] = {
     "induction_init": True,
 }
 BANK: dict[str, Any] = {"bank_size": 4096, "top_k": 8}
+SEEDS = (0, 1, 2)
+RATES = (2e-3, 5e-3, 1e-2)
 
 
 def recipe() -> Experiment:
@@ -36,33 +41,159 @@ def recipe() -> Experiment:
 
 
 def bank() -> Experiment:
-    return _with("bank", BankMemory(**ALIKE, **BANK))
+    return _model("bank", BankMemory(**ALIKE, **BANK))
 
 
 def one_softmax() -> Experiment:
-    return _with("one-softmax", BankMemory(**ALIKE, **BANK, join="softmax"))
+    return _model("one-softmax", BankMemory(**ALIKE, **BANK, join="softmax"))
 
 
 def window() -> Experiment:
-    return _with("window", Attention(**ALIKE))
+    return _model("window", Attention(**ALIKE))
 
 
 def full() -> Experiment:
-    return _with("full", dataclasses.replace(Attention(**ALIKE), window=None))
+    return _model("full", dataclasses.replace(Attention(**ALIKE), window=None))
 
 
-def _with(name: str, layer: LayerDescription) -> Experiment:
-    """The quickstart with this layer where its full attention is."""
-    base = quickstart.recipe()
-    pattern = tuple(
-        dataclasses.replace(block, mixer=layer)
-        if isinstance(block.mixer, Attention) and block.mixer.window is None
-        else block
-        for block in base.model.pattern
-        if isinstance(block, Block)
-    )
-    return dataclasses.replace(
-        base,
+def _model(name: str, layer: LayerDescription) -> Experiment:
+    mix, plain = Block(mixer=ShortConv(4)), SwiGLU(hidden=384)
+    local = Block(mixer=Window(64, num_heads=2), ffn=plain)
+    return Experiment(
         name=f"bank-reread-{name}",
-        model=dataclasses.replace(base.model, pattern=pattern),
+        model=ModelConfig(dim=128, pattern=(mix, local, mix, Block(mixer=layer, ffn=plain))),
+        data=DataConfig(path=("stdlib",), reread=RereadTask(share=0.1)),
+        train=TrainConfig(
+            num_steps=400,
+            batch_size=2,
+            seq_len=1024,
+            checkpoint_every_steps=400,
+            evaluate_every_steps=100,
+            evaluate_batches=16,
+            log_every_steps=50,
+        ),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=50),
     )
+
+
+ARMS: dict[str, Callable[[], Experiment]] = {
+    "window and bank, gate": bank,
+    "window and bank, one softmax": one_softmax,
+    "window": window,
+    "full attention": full,
+}
+
+
+def _read_twice(run: Path) -> dict[str, Any]:
+    """What held-out text costs when it is read again, with all memories and without the bank."""
+    from memtrain.evaluate.run import evaluate
+    from memtrain.evaluate.subject import Subject
+
+    found = {"whole": evaluate(run, task="reread")}
+    if "bank" in Subject.open(run).memories:
+        found["without bank"] = evaluate(run, task="reread", without=["bank"])
+    return found
+
+
+def _main() -> None:
+    from memtrain.evaluate.study import (
+        mean_and_spread,
+        measured,
+        run_arm,
+        size_of,
+        study_arguments,
+        where_measured,
+        write_study,
+    )
+
+    parser = study_arguments(
+        "The study of docs/results/bank-reread.md.",
+        runs="runs/study-bank-reread",
+        seeds=SEEDS,
+        arms=list(ARMS),
+    )
+    given = parser.parse_args()
+    found: list[dict[str, Any]] = []
+    for name in given.arms:
+        candidates = {
+            f"{rate:g}": override(ARMS[name](), [f"optimizer.learning_rate={rate}"])
+            for rate in RATES
+        }
+        arm = run_arm(
+            name,
+            candidates,
+            given.seeds,
+            given.runs,
+            score="validation/bits_per_byte",
+            best="least",
+        )
+        readings = [measured(run, "reread", _read_twice) for run in arm.runs.values()]
+        size = size_of(candidates[arm.chosen], vocab_size=256)
+        for setting in readings[0]:
+            values = [reading[setting] for reading in readings]
+            found.append(
+                {
+                    "arm": name if setting == "whole" else f"{name}, {setting}",
+                    **size,
+                    **arm.as_dict(),
+                    **{
+                        key: mean_and_spread([value[key] for value in values])
+                        for key in (
+                            "bits_per_byte_first",
+                            "bits_per_byte_second",
+                            "second_over_first",
+                        )
+                    },
+                    "by_position": [value["by_position"] for value in values],
+                }
+            )
+    for row in found:
+        cells = [row[key] for key in row if key.startswith(("bits_per_byte", "second"))]
+        shown = " | ".join(f"{mean:.3f} +- {spread:.3f}" for mean, spread in cells)
+        rates = " / ".join(f"{score:.3f}" for score in row["candidates"].values())
+        print(
+            f"| {row['arm']} | {row['mean']:.3f} +- {row['stdev']:.3f} | {shown} "
+            f"| {row['chosen']} | {rates} | {row['state_bytes']:,} |"
+        )
+    if given.out is not None:
+        write_study(given.out, {"results": found, "where": where_measured()})
+    if given.plot is not None:
+        _draw(given.plot, found)
+
+
+def _draw(path: Path, found: list[dict[str, Any]]) -> None:
+    """Bits per byte of both readings along the piece, seeds averaged."""
+    import numpy as np
+
+    from memtrain.evaluate.plots import PALETTE, as_png, new_figure, styled
+
+    @styled
+    def draw() -> bytes:
+        figure = new_figure(7.0, 3.8)
+        axes = figure.subplots()
+        for row in found:
+            if row["arm"] not in ARMS:
+                continue
+            colour = PALETTE[list(ARMS).index(row["arm"])]
+            at = [part["to"] for part in row["by_position"][0]]
+            for reading, line in (("first", "--"), ("second", "-")):
+                bits = np.mean(
+                    [[part[reading] for part in seed] for seed in row["by_position"]], axis=0
+                )
+                label = row["arm"] if reading == "second" else None
+                axes.plot(at, bits, line, color=colour, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("bytes of the piece read so far (dashed: first reading)")
+        axes.set_ylabel("bits per byte")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=9)
+        return as_png(figure)
+
+    path.write_bytes(draw())
+
+
+if __name__ == "__main__":
+    from memtrain import runtime
+
+    runtime.prepare(1)
+    _main()

@@ -127,10 +127,9 @@ def _main() -> None:
     )
 
     parser = study_arguments(
-        "The study of docs/results/facts.md.", runs="runs/study-facts", seeds=SEEDS
+        "The study of docs/results/facts.md.", runs="runs/study-facts", seeds=SEEDS, arms=list(ARMS)
     )
     parser.add_argument("--facts", type=int, nargs="+", default=list(STEPS))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     given = parser.parse_args()
     found: list[dict[str, Any]] = []
     panels: dict[str, list[Any]] = {}

@@ -13,6 +13,7 @@ and start as induction heads, so that what is compared is what they can see, not
 to look. Without that start full attention does not learn these cells from as few examples.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from memtrain.config import Experiment, override
@@ -84,6 +85,13 @@ def _cell(base: Experiment, length: int, pairs: int, vocab: int, rate: float) ->
     )
 
 
+ARMS: dict[str, Callable[[], Experiment]] = {
+    "full": full,
+    "window": window,
+    "window and bank": window_and_bank,
+}
+
+
 def _main() -> None:
     from memtrain.data.tasks.mqar import ZOOLOGY
     from memtrain.evaluate.study import (
@@ -96,19 +104,18 @@ def _main() -> None:
     )
 
     parser = study_arguments(
-        "The study of docs/results/mqar.md.", runs="runs/study-mqar", seeds=SEEDS
+        "The study of docs/results/mqar.md.", runs="runs/study-mqar", seeds=SEEDS, arms=list(ARMS)
     )
     parser.add_argument("--cells", nargs="+", default=["64,4", "128,8"], metavar="N,D")
     parser.add_argument("--vocab", type=int, default=1024)
     given = parser.parse_args()
     cells = ZOOLOGY if given.cells == ["all"] else [map(int, c.split(",")) for c in given.cells]
-    arms = {"full": full(), "window": window(), "window and bank": window_and_bank()}
     found: list[dict[str, Any]] = []
     panels: dict[str, list[Any]] = {}
     for length, pairs in cells:
-        for name, base in arms.items():
+        for name in given.arms:
             candidates = {
-                f"{rate:g}": _cell(base, length, pairs, given.vocab, rate)
+                f"{rate:g}": _cell(ARMS[name](), length, pairs, given.vocab, rate)
                 for rate in LEARNING_RATES
             }
             folder = given.runs / f"{length}-{pairs}-{given.vocab}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from memtrain.decode.engine import Engine
 from memtrain.errors import BadInput
+from memtrain.evaluate.bits import position_edges
 from memtrain.evaluate.scoring import score_rows
 from memtrain.evaluate.subject import HeldOut
 
@@ -52,3 +55,17 @@ def reread(engine: Engine, pieces: Int[np.ndarray, "N n"], bytes_per_token: floa
     nll = score_rows(engine, twice[:, :-1], twice[:, 1:]).nll
     bits = nll.astype(np.float64) / math.log(2) / bytes_per_token
     return Reread(bits[:, : length - 1], bits[:, length:])
+
+
+def by_position(found: Reread) -> list[dict[str, Any]]:
+    """Both readings' bits per byte, predicted from `from` + 1 to `to` tokens of the piece:
+    how soon a text is known again."""
+    return [
+        {
+            "from": begin,
+            "to": end,
+            "first": float(found.first[:, begin:end].mean()),
+            "second": float(found.second[:, begin:end].mean()),
+        }
+        for begin, end in pairwise(position_edges(found.first.shape[1]))
+    ]

@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -62,16 +62,17 @@ class Arm:
     """What each candidate ended with."""
     curves: dict[int, Curve]
     """Of the chosen one, by seed."""
+    runs: dict[int, Path]
+    """Their run directories."""
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(curve.last for curve in self.curves.values())
+        return mean_and_spread([curve.last for curve in self.curves.values()])[0]
 
     @property
     def stdev(self) -> float:
-        """Over the seeds; 0 with one."""
-        values = [curve.last for curve in self.curves.values()]
-        return statistics.stdev(values) if len(values) > 1 else 0.0
+        """Over the seeds."""
+        return mean_and_spread([curve.last for curve in self.curves.values()])[1]
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -83,39 +84,70 @@ class Arm:
         }
 
 
+Candidate = Experiment | Callable[[int], Experiment]
+"""An experiment, or that of a seed."""
+
+
 def run_arm(
     name: str,
-    candidates: Mapping[str, Experiment],
+    candidates: Mapping[str, Candidate],
     seeds: Sequence[int],
     folder: Path,
     *,
     score: str = SCORE,
+    best: Literal["most", "least"] = "most",
+    judge: Callable[[Path], float] | None = None,
     say: Say = print,
 ) -> Arm:
     """Trains an arm. Runs live in `folder/NAME/CANDIDATE/seed-N`; those that are done are read.
 
-    score: a metric of the held-out data, more is better. Of equal candidates the first is chosen.
+    score: a metric of the held-out data. judge: what is made of a run and a candidate is chosen by,
+    the most being best; its last score unless given. Of equal candidates the first is chosen.
     """
     first, *others = seeds
     found: dict[str, Curve] = {}
+    place = lambda label, seed: (folder / name / label / f"seed-{seed}").absolute()  # noqa: E731
     for label, experiment in candidates.items():
-        found[label] = _run(experiment, first, folder / name / label, score, say)
+        found[label] = _run(experiment, first, place(label, first), score, say)
         say(f"{name}, {label}: {score} {found[label].last:.4f}")
-    chosen = max(found, key=lambda label: _finite(found[label].last))
+    sign = 1 if best == "most" else -1
+    worth = {label: _finite(sign * curve.last) for label, curve in found.items()}
+    if judge is not None:
+        worth = {label: judge(place(label, first)) for label in found}
+    chosen = max(found, key=lambda label: worth[label])
     curves = {first: found[chosen]}
     for seed in others:
-        curves[seed] = _run(candidates[chosen], seed, folder / name / chosen, score, say)
+        curves[seed] = _run(candidates[chosen], seed, place(chosen, seed), score, say)
         say(f"{name}, {chosen}, seed {seed}: {score} {curves[seed].last:.4f}")
-    return Arm(name, chosen, {label: curve.last for label, curve in found.items()}, curves)
+    return Arm(
+        name,
+        chosen,
+        {label: curve.last for label, curve in found.items()},
+        curves,
+        {seed: place(chosen, seed) for seed in seeds},
+    )
+
+
+def measured(run: Path, name: str, measure: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+    """What `measure` finds of a run, kept there as NAME.json and not measured again."""
+    kept = run / f"{name}.json"
+    if not kept.exists():
+        write_study(kept, measure(run))
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of a sample; the latter is 0 of one."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _finite(value: float) -> float:
     return value if math.isfinite(value) else -math.inf
 
 
-def _run(experiment: Experiment, seed: int, folder: Path, score: str, say: Say) -> Curve:
+def _run(candidate: Candidate, seed: int, folder: Path, score: str, say: Say) -> Curve:
+    experiment = candidate if isinstance(candidate, Experiment) else candidate(seed)
     seeded = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, seed=seed))
-    folder = (folder / f"seed-{seed}").absolute()
     curve = _curve(folder, score)
     if curve is None or curve.steps[-1] < experiment.train.num_steps:
         train(seeded, folder, progress=lambda line: say(f"  {line}"))
@@ -162,10 +194,11 @@ def where_measured() -> dict[str, Any]:
 
 
 def study_arguments(
-    description: str, *, runs: str, seeds: Sequence[int]
+    description: str, *, runs: str, seeds: Sequence[int], arms: Sequence[str]
 ) -> argparse.ArgumentParser:
-    """The command line of a study: its seeds, where its runs live, and what it writes."""
+    """The command line of a study: arms and seeds, where its runs live, and what it writes."""
     parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--arms", nargs="+", default=list(arms), choices=list(arms))
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
     parser.add_argument("--runs", type=Path, default=Path(runs), help="done ones are not repeated")
     parser.add_argument("--out", type=Path, help="figures as JSON")
