@@ -189,6 +189,11 @@ class Evaluate:
     """Text to measure on: the held-out part of the run's own data unless given."""
     without: Without = ()
     """A memory to switch off."""
+    set: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="data.KEY=VALUE", help_behavior_hint="(repeatable)"),
+    ] = ()
+    """Other data of the task than the model was trained on, as in --set data.mqar.num_pairs=8."""
     recipe: Layers = None
     """A recipe or module that describes layers of your own, which the model has."""
     json: Json = False
@@ -200,7 +205,13 @@ class Evaluate:
         prepare()
         from memtrain.evaluate.run import evaluate
 
-        return evaluate(target, task=self.task, data=list(self.data), without=list(self.without))
+        return evaluate(
+            target,
+            task=self.task,
+            data=list(self.data),
+            without=list(self.without),
+            settings=list(self.set),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ assert not loaded, loaded
         "train": "RECIPE --run-dir --set --seeds --json",
         "export": "RUN --step --out --json",
         "generate": "ARTIFACT --prompt --max-tokens --temperature --top-k --top-p --seed --without",
-        "evaluate": "RUN|ARTIFACT --task --data --without --json",
+        "evaluate": "RUN|ARTIFACT --task --data --without --set --json",
         "report": "RUN --json",
         "plan": "RECIPE --target --set --sweep --plot --compile --no-compile --shardings --json",
         "doctor": "--json",

@@ -63,10 +63,14 @@ class FactsTask:
     """Tokens of an entity's name."""
     name_tokens: int = 64
     """Different tokens that names are made of."""
+    first_fact: int = 0
+    """Facts that come before those of this run, as another run was taught them: the same table goes
+    on."""
 
     @property
     def num_entities(self) -> int:
-        return -(-self.num_facts // self.num_relations)
+        """Of the table up to the last of these facts."""
+        return -(-(self.first_fact + self.num_facts) // self.num_relations)
 
     @property
     def fact_len(self) -> int:

@@ -25,6 +25,7 @@ def evaluate(
     task: Task,
     data: Sequence[Path | str] | None = None,
     without: Sequence[str] = (),
+    settings: Sequence[str] = (),
     max_tokens: int = MAX_TOKENS,
 ) -> dict[str, Any]:
     """Measures a run's newest valid checkpoint, or an artifact.
@@ -34,16 +35,18 @@ def evaluate(
     associative, copy, mqar, recall: answers right, by distance from what was told to the question.
     reread: bits per byte of held-out text (or of `data`) read a first and a second time.
     without: memories that are left out, see `memtrain.model.ablation`.
+    settings: "data.KEY=VALUE" in place of what the model was trained on: other facts, more pairs.
 
     Raises BadInput where the task does not fit what the model reads, or there is nothing to read.
     """
-    subject = Subject.open(Path(target))
+    subject = Subject.open(Path(target), settings)
     paths = [Path(path) for path in data or ()]
     found = {
         "target": str(target),
         "step": subject.step,
         "task": task,
         "without": list(without),
+        **({"settings": list(settings)} if settings else {}),
     }
     if task == "bpb":
         return found | _bits(subject, paths, without, max_tokens)
@@ -117,6 +120,7 @@ def _reread(
         "second_over_first": float(twice.second.mean() / twice.first.mean()),
         "pieces": len(pieces),
         "tokens_per_piece": pieces.shape[1],
+        "by_position": reread.by_position(twice),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from memtrain.config import Experiment
+from memtrain.config import Experiment, override
 from memtrain.data.corpus import Documents, build_corpus
 from memtrain.data.fingerprint import check_fingerprint
 from memtrain.data.pipeline import GeneratedPipeline, TextPipeline, build_pipeline
@@ -47,11 +48,26 @@ class Subject:
     """Of the data that a run was trained on; an artifact knows none."""
 
     @classmethod
-    def open(cls, target: Path) -> Subject:
+    def open(cls, target: Path, settings: Sequence[str] = ()) -> Subject:
         """An artifact, or a run, of which the newest valid checkpoint is taken.
 
+        settings: "data.KEY=VALUE", to be measured on other data than the model was trained on.
         Raises BadInput where `target` is neither, or holds no valid model.
         """
+        for setting in settings:
+            if not setting.startswith("data."):
+                raise BadInput(
+                    f"--set {setting}: a trained model's settings stand, but for what it is "
+                    "measured on: data.KEY=VALUE"
+                )
+        subject = cls._opened(target)
+        if not settings:
+            return subject
+        experiment = override(subject.experiment, settings)
+        return dataclasses.replace(subject, experiment=experiment, fingerprint=None)
+
+    @classmethod
+    def _opened(cls, target: Path) -> Subject:
         if (target / MANIFEST).exists():
             artifact = Artifact.load(target)
             step = artifact.manifest["created_from"].get("step")
@@ -109,6 +125,11 @@ class Subject:
                 raise BadInput(
                     f"{self.path}: {error}; or measure on other text with --data"
                 ) from None
+        if pipeline.vocab_size > self.vocab_size:
+            raise BadInput(
+                f"{self.path}: the data has {pipeline.vocab_size} token ids, and the model knows "
+                f"{self.vocab_size}"
+            )
         return pipeline
 
     def engine(

@@ -1,5 +1,7 @@
 """The table of facts: rows against its definition, and every fact once an epoch."""
 
+import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -151,3 +153,25 @@ def test_it_stands_instead_of_text_and_of_other_tasks():
     made = pipeline(FactsTask(), seq_len=8)
     with pytest.raises(BadInput, match=r"data\.facts reads no text"):
         made.validation_documents()
+
+
+def test_a_table_goes_on_where_another_run_ended():
+    """Facts 5 to 11 are those that a run of the first 12 ends with."""
+    task = FactsTask(num_facts=12, num_relations=3, name_len=3, name_tokens=7)
+    later = dataclasses.replace(task, first_fact=5, num_facts=7)
+    whole, part = (pipeline(t, seq_len=t.fact_len, batch_size=1) for t in (task, later))
+    of = lambda made, count: [  # noqa: E731
+        facts_in(task, made.questions(i, i + 1)[0])[0] for i in range(count)
+    ]
+    assert of(part, 7) == of(whole, 12)[5:]
+    assert part.vocab_size == whole.vocab_size and part.num_validation_rows == 7
+    told = [facts_in(task, batch)[0] for batch in itertools.islice(part.batches(0), 7)]
+    assert sorted(told) == sorted(of(whole, 12)[5:])
+
+
+def test_a_table_that_could_not_go_on_is_refused():
+    task = FactsTask(num_facts=12, num_relations=1, name_len=2, name_tokens=7)
+    with pytest.raises(BadInput, match=r"first_fact=4: 16 entities are a quarter of the 49 names"):
+        pipeline(dataclasses.replace(task, first_fact=4), seq_len=3)
+    with pytest.raises(BadInput, match=r"data\.facts\.first_fact=-1: it takes 0 or more"):
+        pipeline(dataclasses.replace(task, first_fact=-1), seq_len=3)

@@ -34,6 +34,22 @@ def test_facts_in_a_row_are_read_one_without_the_other(facts_run):
     assert part["questions"] == 6 and part["accuracy"] == pytest.approx(wanted[:6].mean())
 
 
+def test_other_facts_than_were_taught_are_asked_for(facts_run):
+    taught = evaluate(facts_run, task="facts", settings=["data.facts.num_facts=10"])
+    assert taught["questions"] == 10 and taught["settings"] == ["data.facts.num_facts=10"]
+    first = generated.task_questions(Subject.open(facts_run), "facts", 1000)
+    settings = ["data.facts.num_facts=7", "data.facts.first_fact=10"]
+    later = generated.task_questions(Subject.open(facts_run, settings), "facts", 1000)
+    np.testing.assert_array_equal(later.targets[later.asked], first.targets[first.asked][10:17])
+    for setting, message in (
+        ("train.seed=1", "settings stand, but for what it is measured on"),
+        ("data.facts.num_values=999", "the data has .* token ids, and the model knows"),
+        ("data.facts.num_fact=1", "num_facts"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            evaluate(facts_run, task="facts", settings=[setting])
+
+
 def test_facts_are_reported_without_distances(facts_run):
     found = report(facts_run, say=lambda line: None)
     assert (facts_run / "report.html").exists() and found

@@ -32,7 +32,16 @@ def check_facts(task: FactsTask, seq_len: int) -> None:
     for name in ("num_values", "name_tokens"):
         if getattr(task, name) < 2:
             raise BadInput(f"data.facts.{name}={getattr(task, name)}: it takes 2 or more")
+    if task.first_fact < 0:
+        raise BadInput(f"data.facts.first_fact={task.first_fact}: it takes 0 or more")
     names = task.name_tokens**task.name_len
+    if task.first_fact and 4 * task.num_entities >= names:
+        # So many names are drawn as an order of all of them, of which fewer are no beginning.
+        raise BadInput(
+            f"data.facts.first_fact={task.first_fact}: {task.num_entities} entities are a quarter "
+            f"of the {names} names or more, and a longer table would not go on as the shorter one; "
+            f"take name_len={task.name_len + 1} in both runs"
+        )
     if names < task.num_entities:
         raise BadInput(
             f"data.facts.num_facts={task.num_facts}: with num_relations={task.num_relations} it has"
@@ -59,13 +68,17 @@ def _fitting_len(task: FactsTask) -> int:
 
 
 class FactTable:
-    """Every fact, as arrays of [num_facts]; a function of the task and `key` alone."""
+    """Every fact up to the task's last, by its number in the table.
+
+    A function of the task and `key` alone. A longer table begins as a shorter one does.
+    """
 
     def __init__(self, task: FactsTask, key: int) -> None:
         self.task = task
         names = task.name_tokens**task.name_len
         self._names = distinct_integers(derive(key, "names"), task.num_entities, names)
-        self._values = random_integers(derive(key, "values"), task.num_facts, task.num_values)
+        last = task.first_fact + task.num_facts
+        self._values = random_integers(derive(key, "values"), last, task.num_values)
 
     def told(self, facts: np.ndarray) -> np.ndarray:
         """[F, name_len + 1] tokens that name the facts: the entity's name, then the relation."""
@@ -94,20 +107,21 @@ class FactRows:
         self._per_row = seq_len // task.fact_len
         self.rows_per_epoch = self.num_held_out = -(-task.num_facts // self._per_row)
 
-    def _facts(self, row: int) -> range:
+    def _facts(self, row: int) -> np.ndarray:
         begin = row * self._per_row
-        return range(begin, min(begin + self._per_row, self.table.task.num_facts))
+        return np.arange(begin, min(begin + self._per_row, self.table.task.num_facts))
 
     def row(self, index: int) -> Batch:
         epoch, index = divmod(index, self.rows_per_epoch)
         order = Permutation(self.table.task.num_facts, derive(self._order_key, "facts", epoch))
-        return self._row(order.of(np.array(self._facts(index))))
+        return self._row(order.of(self._facts(index)))
 
     def held_out(self, index: int) -> Asked:
-        batch = self._row(np.array(self._facts(index)))
+        batch = self._row(self._facts(index))
         return Asked(batch, np.zeros(self._seq_len, np.int32))
 
     def _row(self, facts: np.ndarray) -> Batch:
+        facts = facts + self.table.task.first_fact
         tokens = self.table.told(facts)
         length = tokens.shape[1]
         places = np.tile(np.arange(length), len(facts))
