@@ -111,8 +111,8 @@ def with_layers(
     pattern: list[Block | LayerDescription] = []
     for entry in experiment.model.pattern:
         if isinstance(entry, Block):
-            block = Block(mixer=changed(entry.mixer), ffn=changed(entry.ffn))
-            if block != Block():
+            block = dataclasses.replace(entry, mixer=changed(entry.mixer), ffn=changed(entry.ffn))
+            if block.mixer is not None or block.ffn is not None:
                 pattern.append(block)
         elif (layer := change(entry)) is not None:
             pattern.append(layer)

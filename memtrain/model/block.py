@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -24,11 +25,16 @@ Taps = Mapping[str, Mapping[str, Array | None]]
 
 
 class Place(nnx.Module):
-    """x + layer(norm(x))."""
+    """x + layer(norm(x)), or, gated, x + tanh(gate) layer(norm(x)) with a gate that begins as 0."""
 
-    def __init__(self, layer: LayerDescription, context: BuildContext, *, rngs: nnx.Rngs):
+    def __init__(
+        self, layer: LayerDescription, context: BuildContext, *, gated: bool, rngs: nnx.Rngs
+    ):
         self.norm = RMSNorm(context.dim, dtypes=context.dtypes)
         self.layer = layer.build(context, rngs=rngs)
+        self.gated = gated
+        if gated:
+            self.gate = nnx.Param(jnp.zeros((), context.dtypes.params), logical_axes=())
 
     @property
     def memory(self) -> Memory | None:
@@ -47,16 +53,23 @@ class Place(nnx.Module):
                     "tokens in natural order only; contiguous fits"
                 )
             y, state, aux = self.layer(self.norm(x), state, ctx)
-            return constrain_tokens(x + y), state, aux
-        return constrain_tokens(x + self.layer(self.norm(x))), state, Aux()
+        else:
+            y, aux = self.layer(self.norm(x)), Aux()
+        if self.gated:
+            y = y * jnp.tanh(self.gate[...].astype(jnp.float32)).astype(y.dtype)
+        return constrain_tokens(x + y), state, aux
 
 
 class Block(nnx.Module):
     """The mixer's place, then the feed-forward's; either may be absent."""
 
     def __init__(self, config: BlockConfig, context: BuildContext, *, rngs: nnx.Rngs):
-        self.mixer = Place(config.mixer, context, rngs=rngs) if config.mixer else None
-        self.ffn = Place(config.ffn, context, rngs=rngs) if config.ffn else None
+        def place(layer: LayerDescription | None) -> Place | None:
+            if layer is None:
+                return None
+            return Place(layer, context, gated=config.residual_gate, rngs=rngs)
+
+        self.mixer, self.ffn = place(config.mixer), place(config.ffn)
 
     def places(self) -> dict[str, Place]:
         found = {"mixer": self.mixer, "ffn": self.ffn}

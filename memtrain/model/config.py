@@ -14,6 +14,9 @@ class Block:
 
     mixer: LayerDescription | None = None
     ffn: LayerDescription | None = None
+    residual_gate: bool = False
+    """x + tanh(a) layer(norm(x)) with a learned scalar a of each place that begins as 0, so that a
+    block put into a trained model begins without effect (Alayrac et al. 2022, Flamingo)."""
 
 
 RematPolicy = Literal["none", "full", "dots"]

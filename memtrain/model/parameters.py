@@ -104,15 +104,20 @@ def count_parameters(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
 
 
 def match_names(patterns: Sequence[str], names: Sequence[str], key: str) -> set[str]:
-    """Names that any of the glob patterns matches; a pattern that matches nothing is a mistake."""
+    """Names that any of the glob patterns matches. They are read in order, and one that begins with
+    "!" takes out again what it matches. A pattern that matches nothing is a mistake.
+    """
     found: set[str] = set()
     for pattern in patterns:
-        hits = fnmatch.filter(names, pattern)
+        hits = fnmatch.filter(names, pattern.removeprefix("!"))
         if not hits:
             raise BadInput(
                 f"{key}: pattern {pattern!r} matches no parameter; names look like {min(names)!r}"
             )
-        found.update(hits)
+        if pattern.startswith("!"):
+            found.difference_update(hits)
+        else:
+            found.update(hits)
     return found
 
 

@@ -66,6 +66,24 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowEdit:
+    """Sparse memory finetuning (Lin et al. 2025, arXiv 2510.15103): of each memory table only a few
+    rows are written, those that the new data reads and what was learned before does not; all else
+    is frozen (see `memtrain.train.row_edit`).
+    """
+
+    rows: int = 1_000
+    """That may be written, of each table."""
+    batches: int = 64
+    """Of the new data, counted at most."""
+    background_batches: int = 256
+    """Of the data that `init_from` was trained on, counted at most."""
+
+    def __post_init__(self):
+        at_least(self, "train.edit", {"rows": 1, "batches": 1, "background_batches": 1})
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     num_steps: int = 1000
     seed: int = 0
@@ -99,8 +117,14 @@ class TrainConfig:
     """
     init_from: str | None = None
     """A run or artifact whose matching parameters are the starting point."""
+    init_rename: tuple[str, ...] = ()
+    """Of `init_from`: "NEW=OLD" takes parameters whose name begins with NEW from those that begin
+    with OLD there, as in "blocks.3.=blocks.2." after a block was put in before it."""
     freeze: tuple[str, ...] = ()
-    """Glob patterns of parameter names that are not trained, e.g. "embed*" or "blocks.0.*"."""
+    """Glob patterns of parameter names that are not trained, e.g. "embed*" or "blocks.0.*"; read in
+    order, and "!blocks.3.*" takes out again: "*" and "!blocks.3.*" trains that block alone."""
+    edit: RowEdit | None = None
+    """Write only a few chosen rows of the memory tables (needs `init_from`)."""
     profile_steps: tuple[int, int] | None = None
     """First and last step of a profiler trace, written to RUN/profile."""
     tensorboard: bool = False
@@ -122,6 +146,14 @@ class TrainConfig:
             "max_skipped_steps": 0,
         }
         at_least(self, "train", least)
+        for name in ("edit", "init_rename"):
+            if getattr(self, name) and self.init_from is None:
+                raise ValueError(f"train.{name} needs train.init_from, a run or artifact")
+        for entry in self.init_rename:
+            if entry.count("=") != 1 or not all(entry.split("=")):
+                raise ValueError(
+                    f'train.init_rename={entry!r}: expected "NEW=OLD", the beginnings of names'
+                )
         if self.profile_steps is not None:
             first, last = self.profile_steps
             if not 0 <= first <= last or first >= self.num_steps:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from memtrain.config import Experiment
 from memtrain.errors import BadInput
 from memtrain.train import records
 from memtrain.train.checkpoint import CheckpointStore
@@ -22,13 +23,19 @@ Shape = tuple[tuple[int, ...], str]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A run or artifact to start from: opened and found fit, its arrays not read yet."""
+    """A run or artifact to start from: opened and found fit, its arrays not read yet.
+
+    experiment: what it was made by. has: all that is there. fits: of the model's parameters those
+    that it gives, under the name that they have there. wanted: all of the model's.
+    """
 
     name: str
+    experiment: Experiment
     has: dict[str, Shape]
-    fits: set[str]
+    fits: dict[str, str]
     wanted: set[str]
-    read: Callable[[set[str]], Mapping[str, Any]]
+    read: Callable[[Mapping[str, str]], Mapping[str, Any]]
+    """Takes `fits`."""
 
     def into(self, state: TrainState, plan: Plan, say: Callable[[str], None]) -> TrainState:
         """`state` with every parameter that fits. Lists what does not."""
@@ -37,8 +44,8 @@ class Source:
         loaded = {name: jax.device_put(arrays[name], shardings[name]) for name in self.fits}
         say(f"{len(loaded)} of {len(self.wanted)} parameters from {self.name}")
         for title, names in (
-            ("fresh", self.wanted - self.fits),
-            ("unused", self.has.keys() - self.fits),
+            ("fresh", self.wanted - self.fits.keys()),
+            ("unused", self.has.keys() - set(self.fits.values())),
         ):
             if names:
                 say(f"  {title}: {', '.join(sorted(names))}")
@@ -56,14 +63,38 @@ def open_source(source: str, plan: Plan) -> Source:
     path = Path(source)
     if not path.exists():
         raise BadInput(f"train.init_from={source}: no such run or artifact")
-    has, read = _artifact(path) if (path / "manifest.json").exists() else _run(path, plan)
+    found = _artifact(path) if (path / "manifest.json").exists() else _run(path, plan)
+    experiment, has, read = found
     wanted = {name: _shape(leaf) for name, leaf in plan.skeleton.shapes.items()}
-    fits = {name for name, shape in has.items() if wanted.get(name) == shape}
+    there = _renamed(plan.experiment.train.init_rename, wanted, has)
+    fits = {name: old for name, old in there.items() if has.get(old) == wanted[name]}
     if not fits:
         raise BadInput(
             f"train.init_from={source}: none of its {len(has)} parameters fits this model"
         )
-    return Source(source, has, fits, set(wanted), read)
+    return Source(source, experiment, has, fits, set(wanted), read)
+
+
+def _renamed(
+    entries: Sequence[str], wanted: Mapping[str, Shape], has: Mapping[str, Shape]
+) -> dict[str, str]:
+    """What each of the model's parameters is called at the source. The longest beginning counts."""
+    pairs = dict(entry.split("=") for entry in entries)
+    for new, old in pairs.items():
+        for beginning, names, where in ((new, wanted, "this model"), (old, has, "the source")):
+            if not any(name.startswith(beginning) for name in names):
+                raise BadInput(
+                    f"train.init_rename={new}={old}: no parameter of {where} begins with "
+                    f"{beginning!r}; names look like {min(names)!r}"
+                )
+    renamed = {}
+    for name in wanted:
+        if found := [new for new in pairs if name.startswith(new)]:
+            new = max(found, key=len)
+            renamed[name] = pairs[new] + name.removeprefix(new)
+    # What moved is not also what now stands where it stood.
+    moved = set(renamed.values())
+    return {name: name for name in wanted if name not in moved} | renamed
 
 
 def _shape(leaf: Any) -> Shape:
@@ -71,7 +102,7 @@ def _shape(leaf: Any) -> Shape:
 
 
 def _run(path: Path, plan: Plan):
-    records.need_experiment(path)
+    experiment = records.need_experiment(path)
     store = CheckpointStore(path / records.CHECKPOINTS)
     candidate = store.newest_valid()
     if candidate is None:
@@ -83,26 +114,32 @@ def _run(path: Path, plan: Plan):
         if name.startswith(prefix)
     }
 
-    def read(names: set[str]) -> Mapping[str, Any]:
+    def read(names: Mapping[str, str]) -> Mapping[str, Any]:
         # Every process reads its own part, straight to where it belongs.
         shapes, shardings = plan.skeleton.shapes, plan.skeleton.shardings(plan.mesh)
         abstract = {
-            name: jax.ShapeDtypeStruct(
+            old: jax.ShapeDtypeStruct(
                 shapes[name].shape, shapes[name].dtype, sharding=shardings[name]
             )
-            for name in names
+            for name, old in names.items()
         }
-        return store.restore_partial(step, {"parameters": abstract})["parameters"]
+        found = store.restore_partial(step, {"parameters": abstract})["parameters"]
+        return {name: found[old] for name, old in names.items()}
 
-    return has, read
+    return experiment, has, read
 
 
 def _artifact(path: Path):
     from memtrain.decode.artifact import Artifact
     from memtrain.model.parameters import parameters_of
 
+    artifact = Artifact.load(path)
     arrays = {
-        name: np.asarray(array)
-        for name, array in parameters_of(Artifact.load(path).stacked_model()).items()
+        name: np.asarray(array) for name, array in parameters_of(artifact.stacked_model()).items()
     }
-    return {name: _shape(array) for name, array in arrays.items()}, lambda names: arrays
+    has = {name: _shape(array) for name, array in arrays.items()}
+    return (
+        artifact.experiment,
+        has,
+        lambda names: {name: arrays[old] for name, old in names.items()},
+    )

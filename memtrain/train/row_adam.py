@@ -31,7 +31,8 @@ class TableMoments(NamedTuple):
 
     mean, square: first and second moments, float32 [N, V]. updates: how often each row was updated,
     int32 [N]. last_step: the step of its last update, -1 for none. master: the rows in float32, of
-    which the table is the rounded copy; None where the table has all there is.
+    which the table is the rounded copy; None where the table has all there is. writable: the rows
+    that may move; None for all.
     """
 
     mean: Float[Array, "N V"]
@@ -39,6 +40,7 @@ class TableMoments(NamedTuple):
     updates: Int[Array, "N"]
     last_step: Int[Array, "N"]
     master: Float[Array, "N V"] | None = None
+    writable: Bool[Array, "N"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,8 @@ class RowAdam:
     beta2: float
     epsilon: float
     rounding: Rounding = "nearest"
+    chosen_rows: bool = False
+    """Whether moments say which rows are `writable`: none, until they are chosen."""
 
     def init(self, table: Float[Array, "N V"]) -> TableMoments:
         rows = table.shape[0]
@@ -70,6 +74,7 @@ class RowAdam:
             updates=jnp.zeros((rows,), jnp.int32),
             last_step=jnp.full((rows,), -1, jnp.int32),
             master=table.astype(jnp.float32) if self.rounding == "master" else None,
+            writable=jnp.zeros((rows,), jnp.bool_) if self.chosen_rows else None,
         )
 
     def update_table(
@@ -82,6 +87,8 @@ class RowAdam:
         """Of the whole table, however it is sharded."""
         ids = jax.lax.iota(jnp.int32, table.shape[0])
         moved = jnp.any(gradient != 0, axis=-1) & now.good
+        if moments.writable is not None:
+            moved &= moments.writable
         new = self._step(table, moments, gradient.astype(jnp.float32), now, ids)
         old = (table, moments)
         keep = lambda n, o: jnp.where(moved.reshape(-1, *[1] * (o.ndim - 1)), n, o)  # noqa: E731
@@ -104,6 +111,8 @@ class RowAdam:
         if shard.over_columns:
             # A row moves as a whole: what is zero in these columns may not be so in the others.
             moved = jax.lax.pmax(moved.astype(jnp.int32), shard.over_columns) > 0
+        if own.writable is not None:
+            moved &= own.writable
         # Whatever does not move gets a target of its own outside: all are then unique.
         target = jnp.where(moved, ids, N + jax.lax.iota(jnp.int32, ids.size))
 
@@ -141,6 +150,7 @@ class RowAdam:
             updates,
             jnp.full_like(moments.last_step, 0) + now.step,
             None if moments.master is None else rows,
+            moments.writable,
         )
 
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import signal
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from memtrain.config import Experiment, check_resume, resolve_horizon
-from memtrain.data.batch import Batch
 from memtrain.data.fingerprint import check_fingerprint
 from memtrain.data.pipeline import Pipeline, build_pipeline
 from memtrain.errors import BadInput, Preempted
@@ -27,17 +24,18 @@ from memtrain.model.flops import forward_flops
 from memtrain.model.parameters import count_parameters
 from memtrain.parallel.mesh import initialize_distributed, local_rows, mesh_of
 from memtrain.parallel.peak import peak_flops
-from memtrain.parallel.sharding import batch_sharding
 from memtrain.train import records
 from memtrain.train.checkpoint import CheckpointStore
 from memtrain.train.clock import Clock, format_seconds, resident_bytes
 from memtrain.train.evaluation import evaluate_batches
+from memtrain.train.feed import on_devices
 from memtrain.train.init_from import open_source
 from memtrain.train.keep import has_checkpoints
 from memtrain.train.metrics import FILE_NAME as METRICS
 from memtrain.train.metrics import MetricsWriter, need_tensorboard, read_lines
 from memtrain.train.profile import Profiler
 from memtrain.train.room import check_room, device_bytes
+from memtrain.train.row_edit import background_of, choose_rows
 from memtrain.train.run_dir import RunLock
 from memtrain.train.state import Plan, TrainState
 from memtrain.train.step import make_evaluation_step, make_train_step
@@ -117,9 +115,11 @@ def _train_one(
     for reason in (plan.tokens.why, *plan.tables.why):
         if reason:
             say(reason)
-    source = None
+    source = background = None
     if config.init_from is not None and not has_checkpoints(run_dir / records.CHECKPOINTS):
         source = open_source(config.init_from, plan)
+        if config.edit is not None:
+            background = background_of(source.name, source.experiment, plan)
     if config.tensorboard:
         need_tensorboard()
 
@@ -145,6 +145,8 @@ def _train_one(
             state = plan.init()
             if source is not None:
                 state = source.into(state, plan, say)
+            if background is not None:
+                state = choose_rows(state, plan, pipeline, background, say)
         writer = MetricsWriter(
             run_dir,
             resume_step=candidate.step if candidate else 0,
@@ -393,20 +395,6 @@ class _Stop:
     def _ask(self, number: int, frame: Any) -> None:
         self.asked = signal.Signals(number).name
         signal.signal(number, self._before[number])
-
-
-def on_devices(batches: Iterator[Batch], mesh: Mesh) -> Iterator[Batch]:
-    """Each process's rows become its part of the global batch; one batch is sent ahead."""
-    sharding = batch_sharding(mesh)
-
-    def put(batch: Batch) -> Batch:
-        return Batch(*(jax.make_array_from_process_local_data(sharding, a) for a in batch))
-
-    ahead = [put(batch) for batch in itertools.islice(batches, 1)]
-    for batch in batches:
-        ahead.append(put(batch))
-        yield ahead.pop(0)
-    yield from ahead
 
 
 def _written_by_us(run_dir: Path, is_first: bool):

@@ -64,6 +64,8 @@ class Plan:
         skeleton = Skeleton.of(experiment.model, vocab_size)
         names = sorted(skeleton.shapes)
         frozen = match_names(experiment.train.freeze, names, "train.freeze") | skeleton.statistics
+        if experiment.train.edit is not None:
+            frozen |= set(names) - skeleton.tables
         groups = groups_of(skeleton.shapes, skeleton.tables, frozen)
         tables = LazyTables.of(
             experiment, skeleton, mesh, {n for n, group in groups.items() if group == "table"}

@@ -192,7 +192,7 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
     shardings = plan.shardings()
     return jax.jit(
         train_step,
-        in_shardings=(shardings, _batch_shardings(plan)),
+        in_shardings=(shardings, batch_shardings(plan)),
         out_shardings=(shardings, replicated(plan.mesh)),
         donate_argnums=0,
         compiler_options=_compiler_options(plan.mesh),
@@ -229,7 +229,7 @@ def make_evaluation_step(plan: Plan) -> Callable[[Any, Batch, Any], tuple[dict[s
         evaluation_step,
         in_shardings=(
             plan.skeleton.shardings(plan.mesh),
-            _batch_shardings(plan),
+            batch_shardings(plan),
             plan.shardings().carry,
         ),
         out_shardings=(replicated(plan.mesh), plan.shardings().carry),
@@ -271,7 +271,7 @@ def _seed(state: TrainState) -> Array:
     return jax.random.bits(key, (), jnp.uint32)
 
 
-def _batch_shardings(plan: Plan) -> Any:
+def batch_shardings(plan: Plan) -> Any:
     """A Batch of shardings."""
     each: Any = batch_sharding(plan.mesh)
     return Batch(*[each] * len(Batch._fields))

@@ -61,7 +61,13 @@ class LazyTables:
     ) -> LazyTables:
         """trained: the trained tables. Raises BadInput for what they cannot be given."""
         config, train = experiment.optimizer, experiment.train
-        adam = RowAdam(config.beta1, config.beta2, config.epsilon, config.table_rounding)
+        adam = RowAdam(
+            config.beta1,
+            config.beta2,
+            config.epsilon,
+            config.table_rounding,
+            chosen_rows=train.edit is not None,
+        )
         if config.table_update == "dense" or not trained:
             return cls(skeleton, mesh, adam)
         names = tuple(sorted(trained))

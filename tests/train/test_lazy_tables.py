@@ -160,7 +160,9 @@ def test_the_float32_copy_is_of_what_the_run_starts_from():
     plan = tiny.plan_of(experiment(tables="bfloat16", table_rounding="master", slots=64))
     state = plan.init()
     table = np.asarray(state.parameters[NAME]) + 1
-    source = Source("x", {}, {NAME}, {NAME}, lambda names: {NAME: jnp.asarray(table)})
+    source = Source(
+        "x", plan.experiment, {}, {NAME: NAME}, {NAME}, lambda names: {NAME: jnp.asarray(table)}
+    )
     begun = source.into(state, plan, lambda line: None)
     np.testing.assert_array_equal(begun.parameters[NAME], table)
     np.testing.assert_array_equal(begun.optimizer.tables[NAME].master, table)

@@ -43,8 +43,8 @@ def main() -> None:
 
     from memtrain.data.pipeline import build_pipeline
     from memtrain.parallel.mesh import mesh_of
+    from memtrain.train.feed import on_devices
     from memtrain.train.records import versions
-    from memtrain.train.run import on_devices
     from memtrain.train.state import Plan
 
     config = experiment.train

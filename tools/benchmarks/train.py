@@ -41,8 +41,8 @@ def main() -> None:
     from memtrain.model.flops import FORMULA, forward_flops
     from memtrain.parallel.mesh import mesh_of
     from memtrain.parallel.peak import peak_flops
+    from memtrain.train.feed import on_devices
     from memtrain.train.records import versions
-    from memtrain.train.run import on_devices
     from memtrain.train.state import Plan
     from memtrain.train.step import make_train_step
 
