@@ -14,6 +14,7 @@ from memtrain_kernels.attention import (
 )
 from memtrain_kernels.context import Layout, context_attention
 from memtrain_kernels.decode import paged_attention, quantize_pages
+from memtrain_kernels.host import is_on_host, rows_of, run_on_host, with_rows
 from memtrain_kernels.lookup import (
     NO_ROW,
     GatherCost,
@@ -55,6 +56,7 @@ __all__ = [
     "context_attention",
     "explain",
     "gather_costs",
+    "is_on_host",
     "last_backend",
     "memory_topk",
     "merge",
@@ -67,10 +69,13 @@ __all__ = [
     "product_key_topk",
     "quantize_pages",
     "resolve_backend",
+    "rows_of",
+    "run_on_host",
     "sharded_memory_topk",
     "sharded_weighted_gather",
     "tables_over",
     "topk_attention",
     "weighted_gather",
     "weighted_gather_row_gradients",
+    "with_rows",
 ]

@@ -39,6 +39,11 @@ class MeshConfig:
     """With "usp": devices of the context axis that exchange heads among each other; the ring runs
     over the groups. The most that the heads allow, unless given."""
 
+    table_memory: Literal["device", "host"] = "device"
+    """Where memory tables that are updated lazily live, and their moments: in the devices' memory,
+    or in that of the host of each device, which then reads and updates its rows there, so that
+    only what was read and its gradients travel."""
+
     @property
     def sizes(self) -> dict[str, int]:
         """Devices along each axis, in mesh order."""

@@ -161,6 +161,7 @@ class _Estimate:
             },
             "peak_moment": self.memory.peak_moment,
             "bytes_per_device": self.memory.total,
+            "host_bytes_per_device": self.memory.state.on_host(),
             "device_bytes": device.memory_bytes if device else None,
             "fits": self.fits,
         }
@@ -169,8 +170,8 @@ class _Estimate:
         """Each part in full; at the peak there may be less of it."""
         state, moments = self.memory.state, self.memory.moments
         held = {
-            "parameters": state.total(),
-            "optimizer": state.optimizer,
+            "parameters": Size(state.total().whole, state.parameters_on_device()),
+            "optimizer": Size(state.optimizer.whole, state.optimizer_on_device()),
             "carry": state.carry,
             "gradients": state.total(trained_only=True),
         }

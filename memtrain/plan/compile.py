@@ -121,6 +121,11 @@ def compile_train_step(experiment: Experiment, target: Target, vocab_size: int) 
     from memtrain_kernels import compiling_for
 
     check_compiler(target)
+    if target.device.platform == "gpu" and experiment.mesh.table_memory == "host":
+        raise BadInput(
+            "mesh.table_memory=host: GPUs that are not here have no host memory to compile for; "
+            "give --no-compile"
+        )
     experiment = _as_on_target(experiment, target)
     mesh = mesh_of(experiment.mesh, _devices(target))
     with contextlib.ExitStack() as stack:

@@ -124,8 +124,8 @@ class _Step:
     def _moment(self, **parts: int) -> dict[str, int]:
         train = self.experiment.train
         held = {
-            "parameters": self.state.total().local,
-            "optimizer": self.state.optimizer.local,
+            "parameters": self.state.parameters_on_device(),
+            "optimizer": self.state.optimizer_on_device(),
             "carry": self.state.carry.local,
             # It comes in whole rows, and is laid over the context axis within the step.
             "batch": _BATCH_BYTES_PER_TOKEN * self.rows * train.seq_len * train.accumulation_steps,

@@ -80,6 +80,8 @@ def _memory(result: dict[str, Any], shown: dict[str, Any]) -> None:
     needs, has = memory["bytes_per_device"], memory["device_bytes"]
     share = f" of {gib(has)} ({needs / has:.0%})" if has else ""
     shown["memory per device"] = f"{gib(needs)}{share}, most in the {memory['peak_moment']}"
+    if hosted := memory["host_bytes_per_device"]:
+        shown["host memory"] = f"{gib(hosted)} of memory tables and moments, per device"
     if "longest_seq_len" in result:
         shown["longest context"] = f"{result['longest_seq_len']:,} tokens fit, all else alike"
 

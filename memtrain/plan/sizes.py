@@ -44,6 +44,8 @@ class Leaf:
     gathered: int
     trained: bool
     is_table: bool
+    on_host: bool = False
+    """In host memory, as its moments are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,22 @@ class StateSizes:
     optimizer: Size
     carry: Size
     tables: LazyTables
+    host_moments: Size = Size()
+    """Of the optimizer's, what is in host memory."""
+
+    def on_host(self) -> int:
+        """Bytes that one device keeps in its host's memory."""
+        return self._hosted().local + self.host_moments.local
+
+    def parameters_on_device(self) -> int:
+        return self.total().local - self._hosted().local
+
+    def optimizer_on_device(self) -> int:
+        return self.optimizer.local - self.host_moments.local
+
+    def _hosted(self) -> Size:
+        leaves = [leaf for leaf in self.parameters if leaf.on_host]
+        return Size(sum(leaf.whole for leaf in leaves), sum(leaf.local for leaf in leaves))
 
     def total(self, *, trained_only: bool = False) -> Size:
         """Of the parameters."""
@@ -99,6 +117,7 @@ def _state_sizes(experiment: Experiment, vocab_size: int) -> StateSizes:
                 gathered=_local(whole, spec, mesh, only=("tensor",)),
                 trained=plan.groups[name] != "frozen",
                 is_table=name in plan.skeleton.tables,
+                on_host=plan.tables.on_host and name in plan.tables.names,
             )
         )
     carry = Size()
@@ -111,29 +130,30 @@ def _state_sizes(experiment: Experiment, vocab_size: int) -> StateSizes:
                 for leaf in specs
             ),
         )
-    moments = _moments(shapes.optimizer, leaves, mesh)
-    return StateSizes(tuple(leaves), moments, carry, plan.tables)
+    moments, hosted = _moments(shapes.optimizer, leaves, mesh)
+    return StateSizes(tuple(leaves), moments, carry, plan.tables, hosted)
 
 
-def _moments(optimizer: Any, parameters: list[Leaf], mesh: Mesh) -> Size:
+def _moments(optimizer: Any, parameters: list[Leaf], mesh: Mesh) -> tuple[Size, Size]:
     """Moments live with their parameter, a table's counters with its rows, others on every device
-    (`train.state.Plan`)."""
+    (`train.state.Plan`). All of them, and those in host memory."""
     named = {leaf.name: leaf for leaf in parameters}
-    whole = local = 0
+    everything = hosted = Size()
     for path, moment in jax.tree_util.tree_leaves_with_path(optimizer):
         keys = (getattr(entry, "key", None) for entry in path)
         own = next((named[key] for key in keys if isinstance(key, str) and key in named), None)
         size = _bytes(moment.shape, moment)
-        whole += size
-        same = own is not None and own.shape == tuple(moment.shape)
-        if own is not None and same:
-            local += size * own.local // own.whole
+        if own is not None and own.shape == tuple(moment.shape):
+            local = size * own.local // own.whole
         elif own is not None and own.is_table and tuple(moment.shape) == own.shape[:1]:
             rows = PartitionSpec(partition_spec(own.axes, mesh, own.shape)[0])
-            local += _local(size, rows, mesh)
+            local = _local(size, rows, mesh)
         else:
-            local += size
-    return Size(whole, local)
+            local = size
+        everything = Size(everything.whole + size, everything.local + local)
+        if own is not None and own.on_host:
+            hosted = Size(hosted.whole + size, hosted.local + local)
+    return everything, hosted
 
 
 def _local(nbytes: int, spec: PartitionSpec, mesh: Mesh, only: tuple[str, ...] = AXES) -> int:

@@ -134,7 +134,7 @@ def memory_traffic(experiment: Experiment, memory: MemoryEstimate) -> float:
     parts = train.accumulation_steps
     weights = sum(leaf.gathered for leaf in state.parameters if not leaf.is_table)
     passes = 2 if config.remat == "none" else 3
-    local = state.total().local + state.optimizer.local
+    local = state.parameters_on_device() + state.optimizer_on_device()
     gradients = state.total(trained_only=True).local
     rows = train.batch_size // (mesh.data * mesh.fsdp)
     tokens = rows * math.ceil(train.seq_len / mesh.context)

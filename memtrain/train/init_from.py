@@ -39,7 +39,7 @@ class Source:
 
     def into(self, state: TrainState, plan: Plan, say: Callable[[str], None]) -> TrainState:
         """`state` with every parameter that fits. Lists what does not."""
-        shardings = plan.skeleton.shardings(plan.mesh)
+        shardings = plan.parameter_shardings()
         arrays = self.read(self.fits)
         loaded = {name: jax.device_put(arrays[name], shardings[name]) for name in self.fits}
         say(f"{len(loaded)} of {len(self.wanted)} parameters from {self.name}")
@@ -116,7 +116,7 @@ def _run(path: Path, plan: Plan):
 
     def read(names: Mapping[str, str]) -> Mapping[str, Any]:
         # Every process reads its own part, straight to where it belongs.
-        shapes, shardings = plan.skeleton.shapes, plan.skeleton.shardings(plan.mesh)
+        shapes, shardings = plan.skeleton.shapes, plan.parameter_shardings()
         abstract = {
             old: jax.ShapeDtypeStruct(
                 shapes[name].shape, shapes[name].dtype, sharding=shardings[name]

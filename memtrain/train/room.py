@@ -32,7 +32,7 @@ def check_room(plan: Plan, available: int | None) -> None:
     if available is None:
         return
     state = plan.abstract()
-    needed = sum(map(_share, jax.tree.leaves(state)))
+    needed = sum(_share(leaf) for leaf in jax.tree.leaves(state) if not _is_elsewhere(leaf))
     if needed <= available * _SPARE:
         return
     message = (
@@ -40,7 +40,7 @@ def check_room(plan: Plan, available: int | None) -> None:
         "activation"
     )
     tables = {name: _of_table(state, name) for name in plan.skeleton.tables}
-    if not tables:
+    if not any(tables.values()):
         raise BadInput(f"{message}: make the model smaller, or split it over more devices")
     name = max(tables, key=lambda name: tables[name])
     rows = plan.skeleton.shapes[name].shape[0]
@@ -50,7 +50,7 @@ def check_room(plan: Plan, available: int | None) -> None:
     raise BadInput(
         f"{message}: table {name.removeprefix(PREFIX)!r} of {rows:,} slots takes "
         f"{_gib(tables[name])} of it with its moments; {hint}, or split its rows over more devices "
-        "(mesh.fsdp)"
+        "(mesh.fsdp), or keep it in host memory (mesh.table_memory=host)"
     )
 
 
@@ -60,8 +60,13 @@ def _of_table(state: Any, name: str) -> int:
     return sum(
         _share(leaf)
         for path, leaf in flat
-        if any(getattr(entry, "key", None) == name for entry in path)
+        if any(getattr(entry, "key", None) == name for entry in path) and not _is_elsewhere(leaf)
     )
+
+
+def _is_elsewhere(leaf: Any) -> bool:
+    """In the host's memory, which has its own end."""
+    return leaf.sharding.memory_kind == "pinned_host"
 
 
 def _share(leaf: Any) -> int:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from memtrain.train.rounding import round_stochastically
-from memtrain_kernels import NO_ROW, RowGradients
+from memtrain_kernels import NO_ROW, RowGradients, rows_of, with_rows
 
 
 Rounding = Literal["nearest", "stochastic", "master"]
@@ -105,7 +105,7 @@ class RowAdam:
         """gradients: ids are rows of `table`, which is this shard of the whole."""
         N, ids = table.shape[0], gradients.ids
         here = jnp.minimum(ids, N - 1)
-        rows, own = jax.tree.map(lambda a: a[here], (table, moments))
+        rows, own = jax.tree.map(lambda a: rows_of(a, here), (table, moments))
         new = self._step(rows, own, gradients.rows, now, shard.first_row + here, shard.first_column)
         moved = (ids != NO_ROW) & jnp.any(gradients.rows != 0, axis=-1) & now.good
         if shard.over_columns:
@@ -115,10 +115,7 @@ class RowAdam:
             moved &= own.writable
         # Whatever does not move gets a target of its own outside: all are then unique.
         target = jnp.where(moved, ids, N + jax.lax.iota(jnp.int32, ids.size))
-
-        def put(whole: Array, rows: Array) -> Array:
-            return whole.at[target].set(rows, mode="drop", unique_indices=True)
-
+        put = lambda whole, rows: with_rows(whole, target, rows)  # noqa: E731
         return jax.tree.map(put, (table, moments), new)
 
     def _step(

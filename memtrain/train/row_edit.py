@@ -155,7 +155,7 @@ def make_reads(plan: Plan) -> Reading:
 
     return jax.jit(
         reads,
-        in_shardings=(plan.skeleton.shardings(plan.mesh), batch_shardings(plan)),
+        in_shardings=(plan.parameter_shardings(), batch_shardings(plan)),
         out_shardings=replicated(plan.mesh),
     )
 

@@ -90,6 +90,14 @@ class Plan:
             plan.carry_spec()
         return plan
 
+    def parameter_shardings(self) -> dict[str, NamedSharding]:
+        """Where each parameter lives."""
+        found = self.skeleton.shardings(self.mesh)
+        return found | {name: self._of_table(found[name]) for name in self.tables.names}
+
+    def _of_table(self, sharding: NamedSharding) -> NamedSharding:
+        return sharding.with_memory_kind("pinned_host") if self.tables.on_host else sharding
+
     def group(self, name: str) -> set[str]:
         return {n for n, group in self.groups.items() if group == name}
 
@@ -161,7 +169,7 @@ class Plan:
     def shardings(self) -> TrainState:
         """Where each array of the state lives. Optimizer moments live with their parameter."""
         shapes, mesh = self.shapes(), self.mesh
-        parameters: Any = self.skeleton.shardings(mesh)
+        parameters: Any = self.parameter_shardings()
         everywhere: Any = replicated(mesh)
 
         def of_moment(path, leaf):
@@ -172,7 +180,8 @@ class Plan:
                 if leaf.shape == shapes.parameters[name].shape:
                     return parameters[name]
                 if name in self.tables.names:  # a number of each row
-                    return NamedSharding(mesh, PartitionSpec(self.tables.spec(name)[0]))
+                    rows = PartitionSpec(self.tables.spec(name)[0])
+                    return self._of_table(NamedSharding(mesh, rows))
             return everywhere
 
         carry = None

@@ -228,7 +228,7 @@ def make_evaluation_step(plan: Plan) -> Callable[[Any, Batch, Any], tuple[dict[s
     return jax.jit(
         evaluation_step,
         in_shardings=(
-            plan.skeleton.shardings(plan.mesh),
+            plan.parameter_shardings(),
             batch_shardings(plan),
             plan.shardings().carry,
         ),

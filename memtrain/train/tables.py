@@ -54,6 +54,8 @@ class LazyTables:
     unfit: frozenset[str] = frozenset()
     why: tuple[str, ...] = ()
     """Of tables whose gradient is a table for want of something, what that is."""
+    on_host: bool = False
+    """Whether they and their moments live in host memory."""
 
     @classmethod
     def of(
@@ -68,6 +70,13 @@ class LazyTables:
             config.table_rounding,
             chosen_rows=train.edit is not None,
         )
+        on_host = experiment.mesh.table_memory == "host"
+        if on_host and (config.table_update == "dense" or config.table_gradient == "dense"):
+            key = "table_update" if config.table_update == "dense" else "table_gradient"
+            raise BadInput(
+                f"mesh.table_memory=host: optimizer.{key}=dense would bring the whole table to the "
+                "devices at every step; leave it out"
+            )
         if config.table_update == "dense" or not trained:
             return cls(skeleton, mesh, adam)
         names = tuple(sorted(trained))
@@ -77,21 +86,22 @@ class LazyTables:
                 f"optimizer.table_rounding={config.table_rounding}: the tables are float32 and not "
                 "rounded; set model.dtypes.tables=bfloat16, or leave it out"
             )
-        found = cls(skeleton, mesh, adam, names)
+        found = cls(skeleton, mesh, adam, names, on_host=on_host)
         if config.table_gradient == "dense":
             return found
         shapes, unfit = read_shapes(skeleton)
         why = []
         for name in names:
             table = name.removeprefix(PREFIX)
-            if table in unfit and config.table_gradient == "rows":
-                raise BadInput(f"optimizer.table_gradient=rows: table {table!r}: {unfit[table]}")
+            if table in unfit and (on_host or config.table_gradient == "rows"):
+                key = "mesh.table_memory=host" if on_host else "optimizer.table_gradient=rows"
+                raise BadInput(f"{key}: table {table!r}: {unfit[table]}")
             if table in unfit:
                 why.append(f"table {table!r} gets a gradient of its size: {unfit[table]}")
         found = dataclasses.replace(
             found,
             shapes=shapes,
-            always=config.table_gradient == "rows",
+            always=on_host or config.table_gradient == "rows",
             unfit=frozenset(PREFIX + table for table in unfit),
             why=tuple(why),
         )
@@ -199,8 +209,12 @@ def usage(tables: Mapping[str, TableMoments], step: Array | int) -> dict[str, Ar
     """
     found = {}
     for name, moments in tables.items():
-        found[f"memory/{name}.never_updated"] = jnp.mean(moments.updates == 0)
-        found[f"memory/{name}.idle"] = jnp.mean(moments.last_step < step - IDLE_STEPS)
+        # Two numbers a row: of all that may be in host memory, they are brought here.
+        updates, last_step = jax.device_put(
+            (moments.updates, moments.last_step), jax.memory.Space.Device
+        )
+        found[f"memory/{name}.never_updated"] = jnp.mean(updates == 0)
+        found[f"memory/{name}.idle"] = jnp.mean(last_step < step - IDLE_STEPS)
     return found
 
 

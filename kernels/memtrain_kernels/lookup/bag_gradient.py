@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memtrain_kernels.host import is_on_host, run_on_host
 from memtrain_kernels.varying import vary_as
 
 
@@ -44,9 +45,12 @@ def sum_by_row(
 
 
 def weights_gradient(table_ND: jax.Array, slots_MK: jax.Array, dy_MD: jax.Array) -> jax.Array:
-    """dy[m] . table[slots[m, k]]: [M, K], float32; 0 where a slot is negative."""
+    """dy[m] . table[slots[m, k]]: [M, K], float32, on the device; 0 where a slot is negative."""
     dtype = accumulation_dtype(table_ND, dy_MD)
     dy_MD = dy_MD.astype(dtype)
+    if is_on_host(table_ND):
+        dots_MK = run_on_host(_dots, table_ND, jnp.maximum(slots_MK, 0), dy_MD)
+        return jnp.where(slots_MK < 0, 0, dots_MK)
 
     def column(slots_M: jax.Array) -> jax.Array:
         # Kept apart: XLA on CPU runs a gather inside a sum several times slower.
@@ -63,6 +67,15 @@ def weights_gradient(table_ND: jax.Array, slots_MK: jax.Array, dy_MD: jax.Array)
     # On TPU the gathered rows would not be fused.
     dots_MK = lax.platform_dependent(slots_MK, cpu=by_columns, tpu=by_columns, default=at_once)
     return jnp.where(slots_MK < 0, 0, dots_MK)
+
+
+def _dots(table_ND: jax.Array, slots_MK: jax.Array, dy_MD: jax.Array) -> jax.Array:
+    """[M, K], as a host takes it."""
+    columns = [
+        jnp.sum(dy_MD * table_ND[slots_MK[:, k]].astype(dy_MD.dtype), axis=-1)
+        for k in range(slots_MK.shape[1])
+    ]
+    return jnp.stack(columns, axis=1)
 
 
 def scatter(

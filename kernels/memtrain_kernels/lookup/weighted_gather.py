@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from memtrain_kernels.host import is_on_host, run_on_host
 from memtrain_kernels.lookup.bag_gradient import (
     accumulation_dtype,
     sum_by_row,
@@ -49,10 +51,12 @@ def _weighted_gather(table_gradient: bool, table: Array, slots: Array, weights: 
 
 
 def bag(table_ND: Array, slots_MK: Array, weights_MK: Array) -> Array:
-    """y [M, D] in float32."""
+    """y [M, D] in float32, on the device; summed by the host where the table lives there."""
     dtype = accumulation_dtype(table_ND)
     weights_MK = jnp.where(slots_MK < 0, 0, weights_MK.astype(dtype))
     slots_MK = jnp.maximum(slots_MK, 0)
+    if is_on_host(table_ND):
+        return run_on_host(_written_out, table_ND, slots_MK, weights_MK)
     (M, K), D = slots_MK.shape, table_ND.shape[1]
 
     def add(y_MD: Array, columns: tuple[Array, Array]) -> tuple[Array, None]:
@@ -67,6 +71,15 @@ def bag(table_ND: Array, slots_MK: Array, weights_MK: Array) -> Array:
         slots, weights = (x.T[:whole].reshape(-1, _WRITTEN_OUT, M) for x in (slots_MK, weights_MK))
         y_MD, _ = lax.scan(add, y_MD, (slots, weights))
     return add(y_MD, (slots_MK.T[whole:], weights_MK.T[whole:]))[0]
+
+
+def _written_out(table_ND: Array, slots_MK: Array, weights_MK: Array) -> Array:
+    """The bag as a host takes it: no loop, whose first sum would be an array of the device."""
+    columns = [
+        weights_MK[:, k, None] * table_ND[slots_MK[:, k]].astype(weights_MK.dtype)
+        for k in range(slots_MK.shape[1])
+    ]
+    return functools.reduce(operator.add, columns)
 
 
 def _forward(table_gradient, table, slots, weights):
