@@ -1,0 +1,175 @@
+"""What each memory of the golden path's model is worth: switched off, and never had.
+
+    python experiments/golden_ablation.py             # the study of docs/results/golden-ablation.md
+
+    memtrain train experiments/golden_ablation.py --run-dir runs/golden-whole
+    memtrain evaluate runs/golden-whole --task recall --without bank
+
+The golden path's model (a window, a short convolution, a bank, full attention and a product-key
+memory, twice) is trained for longer than the path takes. Each of its memories is then left out in
+two ways: switched off in the model that was trained with it, which shows what that model relies on;
+and left out of a model that is trained without it, which shows what the others make up for. The
+feed-forward layers stay. Two tasks are mixed into the text, facts told and asked for and passages
+read twice, so that there is something to remember.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import golden
+
+from memtrain.config import Experiment, override
+from memtrain.description import LayerDescription
+from memtrain.parallel.config import MeshConfig
+from memtrain.recipe import with_layers
+
+
+SEEDS = (0, 1, 2)
+RATES = (3e-3, 1e-2)
+MEMORIES = ("window", "short_conv", "bank", "attention", "product_key")
+
+
+def recipe() -> Experiment:
+    return whole()
+
+
+def whole() -> Experiment:
+    """Of 192 bytes a row, so that the bank has what a window no longer sees; on one device."""
+    base = override(
+        golden.recipe(),
+        [
+            "train.num_steps=300",
+            "train.batch_size=8",
+            "train.seq_len=192",
+            "train.checkpoint_every_steps=300",
+            "train.evaluate_every_steps=150",
+            "train.evaluate_batches=32",
+            "train.log_every_steps=100",
+            "optimizer.warmup_steps=50",
+        ],
+    )
+    return dataclasses.replace(base, name="golden-whole", mesh=MeshConfig())
+
+
+def without(memory: str) -> Experiment:
+    """The same, and one memory is left out wherever it stands; layers beside it stay."""
+    from memtrain.model.ablation import layer_label
+    from memtrain.model.language_model import full_pattern
+
+    base = whole()
+    model = dataclasses.replace(base.model, pattern=full_pattern(base.model))
+
+    def change(layer: LayerDescription) -> LayerDescription | None:
+        return None if layer_label(layer) == memory else layer
+
+    return with_layers(
+        dataclasses.replace(base, model=model), change, name=f"golden-without-{memory}"
+    )
+
+
+ARMS: dict[str, Callable[[], Experiment]] = {
+    "every memory": whole,
+    **{f"never had {memory}": lambda m=memory: without(m) for memory in MEMORIES},
+}
+FIGURES = ("bits_per_byte", "recall", "second_over_first")
+
+
+def _figures(run: Path, off: tuple[str, ...] = ()) -> dict[str, float]:
+    from memtrain.evaluate.run import evaluate
+
+    tokens = 1 << 15
+    return {
+        "bits_per_byte": evaluate(run, task="bpb", without=off, max_tokens=tokens)["bits_per_byte"],
+        "recall": evaluate(run, task="recall", without=off, max_tokens=tokens)["accuracy"],
+        "second_over_first": evaluate(run, task="reread", without=off, max_tokens=tokens)[
+            "second_over_first"
+        ],
+    }
+
+
+def _main() -> None:
+    from memtrain.evaluate.study import (
+        mean_and_spread,
+        measured,
+        run_arm,
+        size_of,
+        study_arguments,
+        where_measured,
+        write_study,
+    )
+
+    parser = study_arguments(
+        "The study of docs/results/golden-ablation.md.",
+        runs="runs/study-golden-ablation",
+        seeds=SEEDS,
+        arms=list(ARMS),
+    )
+    given = parser.parse_args()
+    found: list[dict[str, Any]] = []
+    for name in given.arms:
+        candidates = {
+            f"{rate:g}": override(ARMS[name](), [f"optimizer.learning_rate={rate}"])
+            for rate in RATES
+        }
+        arm = run_arm(
+            name,
+            candidates,
+            given.seeds,
+            given.runs,
+            score="validation/bits_per_byte",
+            best="least",
+        )
+        size = size_of(candidates[arm.chosen], vocab_size=256)
+
+        def add(label: str, file: str, off: tuple[str, ...] = (), arm=arm, size=size) -> None:
+            values = [measured(run, file, lambda r: _figures(r, off)) for run in arm.runs.values()]
+            spread = {key: mean_and_spread([v[key] for v in values]) for key in FIGURES}
+            found.append({"arm": label, **size, **arm.as_dict(), **spread})
+
+        add(name, "figures")
+        if name == "every memory":
+            for memory in MEMORIES:
+                add(f"{memory} switched off", f"figures-without-{memory}", (memory,))
+    for row in found:
+        cells = " | ".join(f"{row[k][0]:.3f} +- {row[k][1]:.3f}" for k in FIGURES)
+        rates = " / ".join(f"{score:.3f}" for score in row["candidates"].values())
+        print(
+            f"| {row['arm']} | {cells} | {row['parameters']:,} | {row['chosen']} | {rates} "
+            f"| {row['state_bytes']:,} |"
+        )
+    if given.out is not None:
+        write_study(given.out, {"results": found, "where": where_measured()})
+    if given.plot is not None:
+        _draw(given.plot, found)
+
+
+def _draw(path: Path, found: list[dict[str, Any]]) -> None:
+    """Bits per byte and second reading of every setting, as bars."""
+    from memtrain.evaluate.plots import PALETTE, as_png, new_figure, styled
+
+    @styled
+    def draw() -> bytes:
+        figure = new_figure(9.0, 3.8)
+        panels = figure.subplots(1, len(FIGURES), sharey=True)
+        rows = list(reversed(found))
+        for panel, key in zip(panels, FIGURES, strict=True):
+            colours = [PALETTE["switched off" in row["arm"]] for row in rows]
+            panel.barh(
+                [row["arm"] for row in rows],
+                [row[key][0] for row in rows],
+                xerr=[row[key][1] for row in rows],
+                color=colours,
+            )
+            panel.set_xlabel(key.replace("_", " "))
+        return as_png(figure)
+
+    path.write_bytes(draw())
+
+
+if __name__ == "__main__":
+    from memtrain import runtime
+
+    runtime.prepare(1)
+    _main()
