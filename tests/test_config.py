@@ -25,7 +25,7 @@ from memtrain.config import (
 )
 from memtrain.data.config import DataConfig, RecallTask
 from memtrain.errors import BadInput
-from memtrain.layers import Attention, Block, ModelConfig, ProductKeyMemory, Window
+from memtrain.layers import Attention, BankMemory, Block, ModelConfig, ProductKeyMemory, Window
 from memtrain.overrides import leaf_keys
 from memtrain.parallel.config import MeshConfig
 from memtrain.schema import nearest
@@ -395,6 +395,7 @@ def test_operational_fields_are_these():
         "mesh.context_ulysses",
         "mesh.data",
         "mesh.fsdp",
+        "mesh.table_memory",
         "mesh.tensor",
         "model.loss_chunk_tokens",
         "model.remat",
@@ -420,6 +421,22 @@ def test_operational_changes_pass_and_are_told():
     told = [("train.num_steps", 1000, 2000), ("mesh.data", 1, 2)]
     assert check_resume(stored, current) == told
     assert check_resume(to_dict(stored), current) == told
+
+
+def test_a_bank_is_not_restored_into_another():
+    """Heads, capacity, how keys are kept and what encodes them: each is named, and nothing read."""
+    stored = experiment(model=ModelConfig(dim=32, pattern=(BankMemory(num_heads=4, bank_size=64),)))
+    for setting in (
+        "num_heads=2",
+        "num_kv_heads=2",
+        "bank_size=128",
+        "bank_dtype=int8",
+        "key_conv=2",
+    ):
+        field = f"model.pattern.0.{setting}"
+        key, value = field.split("=")
+        with pytest.raises(BadInput, match=rf"{re.escape(key)} was .*{value}"):
+            check_resume(to_dict(stored), override(stored, [field]))
 
 
 def test_another_identity_is_refused_by_name_with_both_values():
