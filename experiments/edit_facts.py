@@ -98,11 +98,12 @@ def _whole_table(base: Callable[[int], str]) -> dict[str, Callable[[int], Experi
 
 
 def _full(base: Callable[[int], str]) -> dict[str, Callable[[int], Experiment]]:
+    rates = [(rate, 10 * rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3)]
     return {
-        f"{rate:g}, table {10 * rate:g}": lambda seed, r=rate: _finetune(
-            base(seed), rate=r, table=10 * r
+        f"{rate:g}, table {table:g}": lambda seed, r=rate, t=table: _finetune(
+            base(seed), rate=r, table=t
         )
-        for rate in (1e-4, 3e-4, 1e-3, 3e-3)
+        for rate, table in [*rates, (3e-5, 1e-2), (1e-4, 1e-2)]
     }
 
 

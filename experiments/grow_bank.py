@@ -25,7 +25,7 @@ from memtrain.layers import BankMemory, Block
 SEEDS = (0, 1, 2)
 BASE_RATE = 5e-3
 STEPS = 150
-RATES = (5e-3, 2e-2)
+RATES = {"grown": (5e-3, 2e-2), "longer": (1e-3, 2e-3, 5e-3)}
 
 
 def recipe() -> Experiment:
@@ -58,7 +58,7 @@ def _further(
             f"train.evaluate_every_steps={STEPS}",
             f"optimizer.learning_rate={rate}",
             "optimizer.warmup_steps=10",
-            # The next text, not that which the model began with.
+            # The same text in another order, not that which the model began with.
             "data.seed=1",
             *settings,
         ],
@@ -97,7 +97,7 @@ def _main() -> None:
     for name in given.arms:
         candidates: dict[str, Callable[[int], Experiment]] = {
             f"{rate:g}": lambda seed, n=name, r=rate: arms[n](str(base.runs[seed]), r)
-            for rate in RATES
+            for rate in RATES[name]
         }
         studied[name] = run_arm(
             name, candidates, given.seeds, given.runs, score=score, best="least"

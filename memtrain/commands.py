@@ -191,7 +191,7 @@ class Evaluate:
     """A memory to switch off."""
     set: Annotated[
         UseAppendAction[tuple[str, ...]],
-        arg(metavar="data.KEY=VALUE", help_behavior_hint="(repeatable)"),
+        arg(metavar="data.TASK.KEY=VALUE", help_behavior_hint="(repeatable)"),
     ] = ()
     """Other data of the task than the model was trained on, as in --set data.mqar.num_pairs=8."""
     recipe: Layers = None

@@ -315,6 +315,8 @@ def _as_first_written(task: GeneratedTask) -> dict[str, Any]:
     fields = asdict(task)
     if isinstance(task, MqarTask) and not task.random_non_queries:
         del fields["random_non_queries"]
+    if isinstance(task, FactsTask) and not task.first_fact:
+        del fields["first_fact"]
     return fields
 
 

@@ -20,7 +20,7 @@ from jax import export as jax_export
 
 from memtrain.memory.attention import AttentionConfig
 from memtrain.memory.protocol import Context
-from memtrain.model.config import Block, ModelConfig
+from memtrain.model.config import ModelConfig
 from memtrain.model.language_model import full_pattern
 from memtrain.model.unstacked import Unstacked, abstract_model, tensor_names
 
@@ -121,7 +121,7 @@ def _portable(config: ModelConfig) -> ModelConfig:
         return layer
 
     pattern = tuple(
-        Block(mixer=portable(block.mixer), ffn=portable(block.ffn))
+        dataclasses.replace(block, mixer=portable(block.mixer), ffn=portable(block.ffn))
         for block in full_pattern(config)
     )
     return dataclasses.replace(config, pattern=pattern)

@@ -35,7 +35,8 @@ def evaluate(
     associative, copy, mqar, recall: answers right, by distance from what was told to the question.
     reread: bits per byte of held-out text (or of `data`) read a first and a second time.
     without: memories that are left out, see `memtrain.model.ablation`.
-    settings: "data.KEY=VALUE" in place of what the model was trained on: other facts, more pairs.
+    settings: "data.TASK.KEY=VALUE" in place of what the model was trained on: other facts, more
+        pairs.
 
     Raises BadInput where the task does not fit what the model reads, or there is nothing to read.
     """

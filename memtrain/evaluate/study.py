@@ -31,6 +31,7 @@ from memtrain.train.metrics import FILE_NAME as METRICS
 from memtrain.train.metrics import read_lines
 from memtrain.train.records import versions
 from memtrain.train.run import train
+from memtrain.train.state import CARRY_CAPACITY
 
 
 Say = Callable[[str], None]
@@ -113,7 +114,7 @@ def run_arm(
     sign = 1 if best == "most" else -1
     worth = {label: _finite(sign * curve.last) for label, curve in found.items()}
     if judge is not None:
-        worth = {label: judge(place(label, first)) for label in found}
+        worth = {label: _finite(judge(place(label, first))) for label in found}
     chosen = max(found, key=lambda label: worth[label])
     curves = {first: found[chosen]}
     for seed in others:
@@ -129,11 +130,14 @@ def run_arm(
 
 
 def measured(run: Path, name: str, measure: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
-    """What `measure` finds of a run, kept there as NAME.json and not measured again."""
+    """What `measure` finds of a run, kept there as NAME.json and not measured again at its step."""
     kept = run / f"{name}.json"
-    if not kept.exists():
-        write_study(kept, measure(run))
-    return json.loads(kept.read_text(encoding="utf-8"))
+    step = max(line["step"] for line in read_lines(run / METRICS))
+    found = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    if found.get("at_step", step) != step or not found:
+        found = {"at_step": step, **measure(run)}
+        write_study(kept, found)
+    return {key: value for key, value in found.items() if key != "at_step"}
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -165,15 +169,17 @@ def _curve(folder: Path, score: str) -> Curve | None:
 
 
 def size_of(experiment: Experiment, vocab_size: int) -> dict[str, float]:
-    """Parameters, FLOPs of a token's forward pass, and bytes of what one sequence keeps."""
+    """Parameters, FLOPs of a token's forward pass, and bytes of what one sequence keeps: of a row,
+    or of a document without end where memories are carried."""
     skeleton = Skeleton.of(experiment.model, vocab_size)
     with jax.ensure_compile_time_eval():
         model = skeleton.merge(skeleton.shapes)  # type: ignore[arg-type]
     seq_len = experiment.train.seq_len
+    capacity = seq_len if experiment.train.carry == "none" else CARRY_CAPACITY
     return {
         "parameters": sum(leaf.size for leaf in skeleton.shapes.values()),
         "forward_flops_per_token": forward_flops(model, seq_len).total,
-        "state_bytes": spec_bytes(model.state_spec(1, seq_len)),
+        "state_bytes": spec_bytes(model.state_spec(1, capacity)),
     }
 
 

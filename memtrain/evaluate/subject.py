@@ -51,18 +51,21 @@ class Subject:
     def open(cls, target: Path, settings: Sequence[str] = ()) -> Subject:
         """An artifact, or a run, of which the newest valid checkpoint is taken.
 
-        settings: "data.KEY=VALUE", to be measured on other data than the model was trained on.
+        settings: "data.TASK.KEY=VALUE" of the task that the model was trained on, to be measured on
+        other data of it.
         Raises BadInput where `target` is neither, or holds no valid model.
         """
-        for setting in settings:
-            if not setting.startswith("data."):
-                raise BadInput(
-                    f"--set {setting}: a trained model's settings stand, but for what it is "
-                    "measured on: data.KEY=VALUE"
-                )
         subject = cls._opened(target)
         if not settings:
             return subject
+        tasks = [f"data.{name}." for name in subject.experiment.data.generated]
+        for setting in settings:
+            if not setting.startswith(tuple(tasks)):
+                known = f"{tasks[0]}KEY=VALUE" if tasks else "give other text with --data"
+                raise BadInput(
+                    f"--set {setting}: a trained model's settings stand, but for those of a task "
+                    f"that stands instead of text: {known}"
+                )
         experiment = override(subject.experiment, settings)
         return dataclasses.replace(subject, experiment=experiment, fingerprint=None)
 

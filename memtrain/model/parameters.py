@@ -108,6 +108,11 @@ def match_names(patterns: Sequence[str], names: Sequence[str], key: str) -> set[
     "!" takes out again what it matches. A pattern that matches nothing is a mistake.
     """
     found: set[str] = set()
+    if patterns and patterns[0].startswith("!"):
+        raise BadInput(
+            f"{key}: {patterns[0]!r} takes out what a pattern before it matched, and is the first: "
+            'begin with "*"'
+        )
     for pattern in patterns:
         hits = fnmatch.filter(names, pattern.removeprefix("!"))
         if not hits:

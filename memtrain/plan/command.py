@@ -73,7 +73,8 @@ def vocab_size_of(experiment: Experiment) -> int:
     from memtrain.data.tokenizer import load_tokenizer
 
     data, wanted = experiment.data, experiment.model.vocab_size
-    of_data = data.mqar.vocab_size if data.mqar else load_tokenizer(data.tokenizer).vocab_size
+    task = next(iter(data.generated.values()), None)
+    of_data = task.vocab_size if task else load_tokenizer(data.tokenizer).vocab_size
     if wanted is not None and wanted < of_data:
         raise BadInput(f"model.vocab_size={wanted} is smaller than the tokenizer's {of_data}")
     return wanted or of_data
@@ -169,11 +170,12 @@ class _Estimate:
     def _parts(self) -> dict[str, Size]:
         """Each part in full; at the peak there may be less of it."""
         state, moments = self.memory.state, self.memory.moments
+        train = self.experiment.train
         held = {
             "parameters": Size(state.total().whole, state.parameters_on_device()),
             "optimizer": Size(state.optimizer.whole, state.optimizer_on_device()),
             "carry": state.carry,
-            "gradients": state.total(trained_only=True),
+            "gradients": state.gradients(train.batch_size * train.seq_len),
         }
         devices = self.experiment.mesh.num_devices
         for moment in moments.values():

@@ -37,6 +37,8 @@ class MemoryEstimate:
     """Activations at the end of the forward."""
     moments: dict[str, dict[str, int]]
     """Moment -> part -> bytes."""
+    row_update: int = 0
+    """Of the rows of tables that the update holds, where it is by rows."""
 
     @property
     def peak_moment(self) -> str:
@@ -119,7 +121,7 @@ class _Step:
         moments["update"] = self._moment(
             gradients=grads, working=twice, rows_of_tables=self.row_update
         )
-        return MemoryEstimate(self.state, kept, moments)
+        return MemoryEstimate(self.state, kept, moments, self.row_update)
 
     def _moment(self, **parts: int) -> dict[str, int]:
         train = self.experiment.train

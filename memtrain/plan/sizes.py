@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -64,22 +65,32 @@ class StateSizes:
     optimizer: Size
     carry: Size
     tables: LazyTables
-    host_moments: Size = Size()
-    """Of the optimizer's, what is in host memory."""
+    table_moments: Mapping[str, Size] = dataclasses.field(default_factory=dict)
+    """Of the optimizer's, those of each memory table."""
+
+    def gradients(self, tokens: int) -> Size:
+        """Of a step of so many tokens; tables whose gradient is of rows have none of their own."""
+        by_rows = self.tables.by_rows_at(tokens)
+        leaves = [leaf for leaf in self.parameters if leaf.trained and leaf.name not in by_rows]
+        return Size(sum(leaf.whole for leaf in leaves), sum(leaf.local for leaf in leaves))
 
     def on_host(self) -> int:
         """Bytes that one device keeps in its host's memory."""
-        return self._hosted().local + self.host_moments.local
+        return sum(map(self.with_moments, self._hosted()))
 
     def parameters_on_device(self) -> int:
-        return self.total().local - self._hosted().local
+        return self.total().local - sum(leaf.local for leaf in self._hosted())
 
     def optimizer_on_device(self) -> int:
-        return self.optimizer.local - self.host_moments.local
+        hosted = sum(self.with_moments(leaf) - leaf.local for leaf in self._hosted())
+        return self.optimizer.local - hosted
 
-    def _hosted(self) -> Size:
-        leaves = [leaf for leaf in self.parameters if leaf.on_host]
-        return Size(sum(leaf.whole for leaf in leaves), sum(leaf.local for leaf in leaves))
+    def with_moments(self, leaf: Leaf) -> int:
+        """One device's bytes of a table and its moments."""
+        return leaf.local + self.table_moments.get(leaf.name, Size()).local
+
+    def _hosted(self) -> list[Leaf]:
+        return [leaf for leaf in self.parameters if leaf.on_host]
 
     def total(self, *, trained_only: bool = False) -> Size:
         """Of the parameters."""
@@ -130,15 +141,15 @@ def _state_sizes(experiment: Experiment, vocab_size: int) -> StateSizes:
                 for leaf in specs
             ),
         )
-    moments, hosted = _moments(shapes.optimizer, leaves, mesh)
-    return StateSizes(tuple(leaves), moments, carry, plan.tables, hosted)
+    moments, of_tables = _moments(shapes.optimizer, leaves, mesh)
+    return StateSizes(tuple(leaves), moments, carry, plan.tables, of_tables)
 
 
-def _moments(optimizer: Any, parameters: list[Leaf], mesh: Mesh) -> tuple[Size, Size]:
+def _moments(optimizer: Any, parameters: list[Leaf], mesh: Mesh) -> tuple[Size, dict[str, Size]]:
     """Moments live with their parameter, a table's counters with its rows, others on every device
-    (`train.state.Plan`). All of them, and those in host memory."""
+    (`train.state.Plan`). All of them, and those of each table."""
     named = {leaf.name: leaf for leaf in parameters}
-    everything = hosted = Size()
+    everything, of_tables = Size(), {}
     for path, moment in jax.tree_util.tree_leaves_with_path(optimizer):
         keys = (getattr(entry, "key", None) for entry in path)
         own = next((named[key] for key in keys if isinstance(key, str) and key in named), None)
@@ -151,9 +162,10 @@ def _moments(optimizer: Any, parameters: list[Leaf], mesh: Mesh) -> tuple[Size, 
         else:
             local = size
         everything = Size(everything.whole + size, everything.local + local)
-        if own is not None and own.on_host:
-            hosted = Size(hosted.whole + size, hosted.local + local)
-    return everything, hosted
+        if own is not None and own.is_table:
+            before = of_tables.get(own.name, Size())
+            of_tables[own.name] = Size(before.whole + size, before.local + local)
+    return everything, of_tables
 
 
 def _local(nbytes: int, spec: PartitionSpec, mesh: Mesh, only: tuple[str, ...] = AXES) -> int:

@@ -37,7 +37,7 @@ def transfers(experiment: Experiment, memory: MemoryEstimate, vocab_size: int) -
     lacking = sum(max(0, leaf.gathered - leaf.local) for leaf in weights)
     moving = sum(max(0, leaf.gathered - leaf.local) for leaf in weights if leaf.trained)
     replicas = _replicas(experiment)
-    gradients = sum(leaf.local for leaf in memory.state.parameters if leaf.trained)
+    gradients = memory.state.gradients(train.batch_size * train.seq_len).local
     rows = train.batch_size // (mesh.data * mesh.fsdp)
     tokens = rows * math.ceil(train.seq_len / mesh.context)
     wide = tokens * config.dim * jnp.dtype(config.dtypes.compute).itemsize
@@ -127,21 +127,33 @@ def memory_traffic(experiment: Experiment, memory: MemoryEstimate) -> float:
     Weights are read forward and backward (and once more where blocks are recomputed); gradients
     written and read; the optimizer reads parameter, gradient and moments and writes all but the
     gradient. Activations are written once and read twice. Table rows are read for every lookup, and
-    their gradients read and written.
+    their gradients read and written. What goes to a host's memory is not counted.
     """
     mesh, train, config = experiment.mesh, experiment.train, experiment.model
     state = memory.state
     parts = train.accumulation_steps
     weights = sum(leaf.gathered for leaf in state.parameters if not leaf.is_table)
     passes = 2 if config.remat == "none" else 3
-    local = state.parameters_on_device() + state.optimizer_on_device()
-    gradients = state.total(trained_only=True).local
+    step_tokens = train.batch_size * train.seq_len
+    gradients = state.gradients(step_tokens).local
+    # Of tables that are updated by rows, rows alone are read and written.
+    by_rows = state.tables.by_rows_at(step_tokens)
+    local = (
+        state.parameters_on_device()
+        + state.optimizer_on_device()
+        - sum(
+            state.with_moments(leaf)
+            for leaf in state.parameters
+            if leaf.name in by_rows and not leaf.on_host
+        )
+    )
     rows = train.batch_size // (mesh.data * mesh.fsdp)
     tokens = rows * math.ceil(train.seq_len / mesh.context)
     read = sum(lookup.rows * lookup.value_dim * 4 for lookup in lookups(config)) * config.repeats
     return (
         parts * (passes * weights + 3 * memory.kept)
         + 2 * local
+        + 2 * memory.row_update
         + 3 * gradients
         + 3.0 * tokens * read / mesh.tensor
     )

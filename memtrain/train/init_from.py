@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,14 @@ class Source:
         """`state` with every parameter that fits. Lists what does not."""
         shardings = plan.parameter_shardings()
         arrays = self.read(self.fits)
-        loaded = {name: jax.device_put(arrays[name], shardings[name]) for name in self.fits}
+        # What is read under two names is copied: the step gives its arguments away, each once.
+        uses = Counter(self.fits.values())
+        loaded = {
+            name: jax.device_put(
+                arrays[name], shardings[name], may_alias=False if uses[old] > 1 else None
+            )
+            for name, old in self.fits.items()
+        }
         say(f"{len(loaded)} of {len(self.wanted)} parameters from {self.name}")
         for title, names in (
             ("fresh", self.wanted - self.fits.keys()),
@@ -51,8 +59,21 @@ class Source:
                 say(f"  {title}: {', '.join(sorted(names))}")
         parameters = state.parameters | loaded
         # The optimizer may keep a copy of what it updates.
-        init = jax.jit(plan.init_optimizer, out_shardings=plan.shardings().optimizer)
-        return dataclasses.replace(state, parameters=parameters, optimizer=init(parameters))
+        return dataclasses.replace(
+            state, parameters=parameters, optimizer=plan.placed_optimizer(parameters)
+        )
+
+
+def experiment_at(source: str) -> Experiment:
+    """What a run or artifact was made by. Raises BadInput where there is none."""
+    path = Path(source)
+    if (path / "manifest.json").exists():
+        from memtrain.decode.artifact import Artifact
+
+        return Artifact.load(path).experiment
+    if not path.exists():
+        raise BadInput(f"{source}: no such run or artifact")
+    return records.need_experiment(path)
 
 
 def open_source(source: str, plan: Plan) -> Source:
@@ -80,6 +101,8 @@ def _renamed(
 ) -> dict[str, str]:
     """What each of the model's parameters is called at the source. The longest beginning counts."""
     pairs = dict(entry.split("=") for entry in entries)
+    if len(pairs) < len(entries):
+        raise BadInput("train.init_rename names the same parameters twice: give each NEW once")
     for new, old in pairs.items():
         for beginning, names, where in ((new, wanted, "this model"), (old, has, "the source")):
             if not any(name.startswith(beginning) for name in names):

@@ -32,6 +32,7 @@ def check_room(plan: Plan, available: int | None) -> None:
     if available is None:
         return
     state = plan.abstract()
+    _check_host(state, available)
     needed = sum(_share(leaf) for leaf in jax.tree.leaves(state) if not _is_elsewhere(leaf))
     if needed <= available * _SPARE:
         return
@@ -50,8 +51,30 @@ def check_room(plan: Plan, available: int | None) -> None:
     raise BadInput(
         f"{message}: table {name.removeprefix(PREFIX)!r} of {rows:,} slots takes "
         f"{_gib(tables[name])} of it with its moments; {hint}, or split its rows over more devices "
-        "(mesh.fsdp), or keep it in host memory (mesh.table_memory=host)"
+        "(mesh.fsdp)" + _or_host(plan)
     )
+
+
+def _or_host(plan: Plan) -> str:
+    """Where that would be more memory, and the table may go there."""
+    if jax.local_devices()[0].platform == "cpu" or not plan.tables.names:
+        return ""
+    return ", or keep it in host memory (mesh.table_memory=host)"
+
+
+def _check_host(state: Any, available: int) -> None:
+    """Tables in host memory have to fit there; where devices are simulated, beside all else."""
+    local = jax.local_devices()
+    hosted = sum(_share(leaf) for leaf in jax.tree.leaves(state) if _is_elsewhere(leaf))
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if local[0].platform == "cpu":
+        has = available * len(local)
+    if hosted * len(local) > has * _SPARE:
+        raise BadInput(
+            f"mesh.table_memory=host: tables and their moments take {_gib(hosted * len(local))} of "
+            f"this host's {_gib(has)}: split their rows over more hosts (mesh.fsdp), or give them "
+            "fewer slots"
+        )
 
 
 def _of_table(state: Any, name: str) -> int:

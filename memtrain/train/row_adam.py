@@ -32,7 +32,7 @@ class TableMoments(NamedTuple):
     mean, square: first and second moments, float32 [N, V]. updates: how often each row was updated,
     int32 [N]. last_step: the step of its last update, -1 for none. master: the rows in float32, of
     which the table is the rounded copy; None where the table has all there is. writable: the rows
-    that may move; None for all.
+    that are given gradients; None for all.
     """
 
     mean: Float[Array, "N V"]
@@ -87,8 +87,6 @@ class RowAdam:
         """Of the whole table, however it is sharded."""
         ids = jax.lax.iota(jnp.int32, table.shape[0])
         moved = jnp.any(gradient != 0, axis=-1) & now.good
-        if moments.writable is not None:
-            moved &= moments.writable
         new = self._step(table, moments, gradient.astype(jnp.float32), now, ids)
         old = (table, moments)
         keep = lambda n, o: jnp.where(moved.reshape(-1, *[1] * (o.ndim - 1)), n, o)  # noqa: E731
@@ -111,8 +109,6 @@ class RowAdam:
         if shard.over_columns:
             # A row moves as a whole: what is zero in these columns may not be so in the others.
             moved = jax.lax.pmax(moved.astype(jnp.int32), shard.over_columns) > 0
-        if own.writable is not None:
-            moved &= own.writable
         # Whatever does not move gets a target of its own outside: all are then unique.
         target = jnp.where(moved, ids, N + jax.lax.iota(jnp.int32, ids.size))
         put = lambda whole, rows: with_rows(whole, target, rows)  # noqa: E731

@@ -15,7 +15,7 @@ reads nearly every row of a small table, and would tell nothing.)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from memtrain.model.parameters import Parameters
 from memtrain.parallel.mesh import local_rows
 from memtrain.parallel.sharding import kernels_over, replicated
 from memtrain.train.feed import on_devices
+from memtrain.train.init_from import Source, experiment_at
 from memtrain.train.state import Plan, TrainState
 from memtrain.train.step import arranged, batch_shardings, context_of
 from memtrain.train.table_gradients import PREFIX, read_shapes
@@ -49,6 +50,15 @@ class RowCounts:
     num_documents: int
 
 
+def added(counts: Sequence[RowCounts]) -> RowCounts:
+    """Of several data together."""
+    return RowCounts(
+        sum((count.reads for count in counts), np.zeros((), np.int64)),
+        sum((count.documents for count in counts), np.zeros((), np.int64)),
+        sum(count.num_documents for count in counts),
+    )
+
+
 def scores(new: RowCounts, before: RowCounts) -> Float[np.ndarray, "N"]:
     """The TF-IDF of each row: 0 where nothing new reads it, or all that was known before does."""
     share = new.reads / max(1, new.reads.sum())
@@ -63,8 +73,9 @@ def best_rows(score: Float[np.ndarray, "N"], rows: int) -> Bool[np.ndarray, "N"]
     return chosen
 
 
-def background_of(source: str, experiment: Experiment, plan: Plan) -> Pipeline:
-    """What the model that an edit starts from was trained on, in rows of the edit's length.
+def background_of(source: Source, plan: Plan, say: Callable[[str], None]) -> list[Pipeline]:
+    """What the model that an edit starts from was trained on, in rows of the edit's length; and
+    what the run was trained on that it began from in turn, and so on.
 
     Raises BadInput where it is not on this machine, or the edit cannot be made.
     """
@@ -74,7 +85,28 @@ def background_of(source: str, experiment: Experiment, plan: Plan) -> Pipeline:
             ' one that is not frozen, and optimizer.table_update="lazy"'
         )
     for table, reason in read_shapes(plan.skeleton)[1].items():
-        raise BadInput(f"train.edit: table {table!r}: {reason}")
+        if PREFIX + table in plan.tables.names:
+            raise BadInput(f"train.edit: table {table!r}: {reason}")
+    if fresh := sorted(source.wanted - source.fits.keys()):
+        raise BadInput(
+            f"train.edit: {source.name} has nothing that fits {', '.join(fresh[:4])}"
+            f"{', ...' * (len(fresh) > 4)}; an edit trains no fresh parameters, so give the model "
+            "that the source has"
+        )
+    found, name, experiment = [], source.name, source.experiment
+    while True:
+        found.append(_pipeline(name, experiment, plan))
+        if experiment.train.init_from is None:
+            return found
+        after, name = name, experiment.train.init_from
+        try:
+            experiment = experiment_at(name)
+        except BadInput as error:
+            say(f"train.edit: {after} began from {name}, whose data are not counted: {error}")
+            return found
+
+
+def _pipeline(name: str, experiment: Experiment, plan: Plan) -> Pipeline:
     train = plan.experiment.train
     try:
         pipeline = build_pipeline(
@@ -84,10 +116,10 @@ def background_of(source: str, experiment: Experiment, plan: Plan) -> Pipeline:
             seed=experiment.train.seed,
         )
     except BadInput as error:
-        raise BadInput(f"train.edit: the data that {source} was trained on: {error}") from None
+        raise BadInput(f"train.edit: the data that {name} was trained on: {error}") from None
     if pipeline.vocab_size > plan.skeleton.vocab_size:
         raise BadInput(
-            f"train.edit: {source} was trained on {pipeline.vocab_size} token ids, and this model "
+            f"train.edit: {name} was trained on {pipeline.vocab_size} token ids, and this model "
             f"has {plan.skeleton.vocab_size}"
         )
     return pipeline
@@ -97,7 +129,7 @@ def choose_rows(
     state: TrainState,
     plan: Plan,
     pipeline: Pipeline,
-    background: Pipeline,
+    background: Sequence[Pipeline],
     say: Callable[[str], None],
 ) -> TrainState:
     """`state` with the rows of its tables that may be written, from both data's reads."""
@@ -105,11 +137,20 @@ def choose_rows(
     assert edit is not None and isinstance(state.optimizer, OptimizerState)
     read = make_reads(plan)
     new = count_reads(read, state.parameters, plan, pipeline, edit.batches)
-    before = count_reads(read, state.parameters, plan, background, edit.background_batches)
+    counts = [
+        count_reads(read, state.parameters, plan, data, edit.background_batches)
+        for data in background
+    ]
+    before = {name: added([count[name] for count in counts]) for name in plan.tables.names}
     shardings = plan.shardings().optimizer.tables
     tables = dict(state.optimizer.tables)
     for name in plan.tables.names:
         chosen = best_rows(scores(new[name], before[name]), edit.rows)
+        if not chosen.any():
+            raise BadInput(
+                f"train.edit: the new data reads no row of {name} that what was learned before "
+                "leaves free: none can be written"
+            )
         kept = tables[name].writable
         place = shardings[name].writable
         assert kept is not None

@@ -119,7 +119,7 @@ def _train_one(
     if config.init_from is not None and not has_checkpoints(run_dir / records.CHECKPOINTS):
         source = open_source(config.init_from, plan)
         if config.edit is not None:
-            background = background_of(source.name, source.experiment, plan)
+            background = background_of(source, plan, say)
     if config.tensorboard:
         need_tensorboard()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt32
@@ -122,9 +123,38 @@ class Plan:
 
     def init(self) -> TrainState:
         """The state at step 0, each array made where it will live."""
-        key = jax.random.key(self.experiment.train.seed)
-        shardings = self.shardings()
-        return jax.jit(self._init, out_shardings=shardings)(key)
+        seed, shardings = self.experiment.train.seed, self.shardings()
+        places: Any = shardings.parameters
+        if not self.tables.on_host:
+            return jax.jit(self._init, out_shardings=shardings)(jax.random.key(seed))
+
+        def rest(state: Any) -> Any:
+            return dataclasses.replace(
+                state,
+                parameters=self.without_lazy(state.parameters),
+                optimizer=state.optimizer.main,
+            )
+
+        made = jax.jit(lambda key: rest(self._init(key)), out_shardings=rest(shardings))
+        state = made(jax.random.key(seed))
+        # Tables are drawn by the host's own processor: a device may have no room for one.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            drawn = jax.jit(lambda key: self._draw_tables(key))(jax.random.key(seed))
+            drawn = {name: np.asarray(table) for name, table in drawn.items()}
+        tables: Parameters = {
+            name: jax.make_array_from_callback(table.shape, places[name], lambda at, t=table: t[at])
+            for name, table in drawn.items()
+        }
+        moments = self.tables.init_on_host(tables, shardings.optimizer.tables)
+        return dataclasses.replace(
+            state,
+            parameters=state.parameters | tables,
+            optimizer=OptimizerState(state.optimizer, moments),
+        )
+
+    def _draw_tables(self, key: Array) -> Parameters:
+        parameters = self.skeleton.init(jax.random.split(key)[0])
+        return {name: parameters[name] for name in self.tables.names}
 
     def _init(self, key: Array) -> TrainState:
         model_key, run_key = jax.random.split(key)
@@ -145,6 +175,16 @@ class Plan:
         if not self.tables.names:
             return main
         return OptimizerState(main, self.tables.init(parameters))
+
+    def placed_optimizer(self, parameters: Parameters) -> Any:
+        """`init_optimizer`, each array made where it will live."""
+        shardings = self.shardings().optimizer
+        if not self.tables.on_host:
+            return jax.jit(self.init_optimizer, out_shardings=shardings)(parameters)
+        main = jax.jit(self.optimizer.init, out_shardings=shardings.main)(
+            self.without_lazy(parameters)
+        )
+        return OptimizerState(main, self.tables.init_on_host(parameters, shardings.tables))
 
     def without_lazy(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """What is optax's, of leaves by parameter name."""

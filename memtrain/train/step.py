@@ -138,6 +138,9 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
         scale = 1.0 / jnp.maximum(weight, 1e-9)
         loss = loss * scale
         grads = {n: scaled(g, scale) for n, g in grads.items()}
+        if tables.names:
+            of_tables = {n: grads[n] for n in tables.names}
+            grads |= tables.writable(of_tables, state.optimizer.tables)
         main = global_norm(grads, plan.group("main"))
         table = global_norm(grads, plan.group("table"))
         good = jnp.isfinite(loss) & jnp.isfinite(main) & jnp.isfinite(table)

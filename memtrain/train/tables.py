@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+import numpy as np
+from jax.sharding import PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array
 
 from memtrain.config import Experiment
@@ -26,7 +27,7 @@ from memtrain.train.table_gradients import (
     row_gradients_spec,
     rows_read,
 )
-from memtrain_kernels import RowGradients
+from memtrain_kernels import RowGradients, rows_of
 
 
 class OptimizerState(NamedTuple):
@@ -76,6 +77,11 @@ class LazyTables:
             raise BadInput(
                 f"mesh.table_memory=host: optimizer.{key}=dense would bring the whole table to the "
                 "devices at every step; leave it out"
+            )
+        if on_host and not trained:
+            raise BadInput(
+                "mesh.table_memory=host: no memory table is trained; those that are frozen stay on "
+                "the devices, so leave it out"
             )
         if config.table_update == "dense" or not trained:
             return cls(skeleton, mesh, adam)
@@ -136,6 +142,42 @@ class LazyTables:
     def init(self, parameters: Parameters) -> dict[str, TableMoments]:
         return {name: self.adam.init(parameters[name]) for name in self.names}
 
+    def init_on_host(
+        self, parameters: Parameters, shardings: Mapping[str, TableMoments]
+    ) -> dict[str, TableMoments]:
+        """`init` of tables in host memory, shard by shard, without any on a device."""
+
+        def made(table: Array, shape: Any, sharding: Any, fill: int) -> Array:
+            return jax.make_array_from_callback(
+                shape.shape,
+                sharding,
+                lambda at: np.full(sharding.shard_shape(shape.shape), fill, shape.dtype),
+            )
+
+        found = {}
+        for name in self.names:
+            table, places = parameters[name], shardings[name]
+            shapes = jax.eval_shape(self.adam.init, table)
+            arrays = {
+                field: made(table, shape, getattr(places, field), -1 if field == "last_step" else 0)
+                for field, shape in shapes._asdict().items()
+                if shape is not None and field != "master"
+            }
+            if shapes.master is not None:
+                parts = [
+                    jax.device_put(
+                        np.asarray(shard.data, np.float32),
+                        SingleDeviceSharding(shard.device, memory_kind="pinned_host"),
+                    )
+                    for shard in table.addressable_shards
+                ]
+                place: Any = places.master
+                arrays["master"] = jax.make_array_from_single_device_arrays(
+                    table.shape, place, parts
+                )
+            found[name] = TableMoments(**arrays)
+        return found
+
     def moments_specs(self, moments: TableMoments, name: str) -> TableMoments:
         """A PartitionSpec for each array of a table's moments."""
         rows, columns = self.spec(name)
@@ -152,6 +194,39 @@ class LazyTables:
             )
             for name, found in reads.items()
         }
+
+    def writable(
+        self, gradients: Mapping[str, Any], moments: Mapping[str, TableMoments]
+    ) -> dict[str, Any]:
+        """Gradients of tables, zero for rows that may not be written: they count nowhere."""
+        if not self.adam.chosen_rows:
+            return dict(gradients)
+        return {
+            name: self._writable(name, gradient, moments[name].writable)
+            for name, gradient in gradients.items()
+        }
+
+    def _writable(self, name: str, gradient: Any, mask: Array | None) -> Any:
+        assert mask is not None
+        if name not in self.by_rows:
+            return gradient * jax.device_put(mask, jax.memory.Space.Device)[:, None]
+
+        def own(ids: Array, rows: Array, mask: Array) -> Array:
+            return rows * rows_of(mask, jnp.minimum(ids, mask.shape[0] - 1))[:, None]
+
+        if self.mesh.size == 1:
+            rows = own(gradient.ids, gradient.rows, mask)
+        else:
+            spec = self.spec(name)
+            whole, of_rows = PartitionSpec(*spec), PartitionSpec(spec[0])
+            rows = jax.shard_map(
+                own,
+                mesh=self.mesh,
+                in_specs=(of_rows, whole, of_rows),
+                out_specs=whole,
+                check_vma=False,
+            )(gradient.ids, gradient.rows, mask)
+        return gradient._replace(rows=rows)
 
     def update(
         self,
@@ -202,19 +277,19 @@ IDLE_STEPS = 1000
 
 @jax.jit
 def usage(tables: Mapping[str, TableMoments], step: Array | int) -> dict[str, Array]:
-    """Shares of each table's rows, by metric: `never_updated`, and `idle` for more than
-    `IDLE_STEPS` steps (0 before there were so many).
+    """Shares of each table's rows, of those that may be written, by metric: `never_updated`, and
+    `idle` for more than `IDLE_STEPS` steps (0 before there were so many).
 
     tables: by parameter, after `step` steps.
     """
     found = {}
     for name, moments in tables.items():
         # Two numbers a row: of all that may be in host memory, they are brought here.
-        updates, last_step = jax.device_put(
-            (moments.updates, moments.last_step), jax.memory.Space.Device
+        updates, last_step, of = jax.device_put(
+            (moments.updates, moments.last_step, moments.writable), jax.memory.Space.Device
         )
-        found[f"memory/{name}.never_updated"] = jnp.mean(updates == 0)
-        found[f"memory/{name}.idle"] = jnp.mean(last_step < step - IDLE_STEPS)
+        found[f"memory/{name}.never_updated"] = jnp.mean(updates == 0, where=of)
+        found[f"memory/{name}.idle"] = jnp.mean(last_step < step - IDLE_STEPS, where=of)
     return found
 
 

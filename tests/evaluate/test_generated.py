@@ -42,7 +42,7 @@ def test_other_facts_than_were_taught_are_asked_for(facts_run):
     later = generated.task_questions(Subject.open(facts_run, settings), "facts", 1000)
     np.testing.assert_array_equal(later.targets[later.asked], first.targets[first.asked][10:17])
     for setting, message in (
-        ("train.seed=1", "settings stand, but for what it is measured on"),
+        ("train.seed=1", "settings stand, but for those of a task .*data.facts.KEY=VALUE"),
         ("data.facts.num_values=999", "the data has .* token ids, and the model knows"),
         ("data.facts.num_fact=1", "num_facts"),
     ):

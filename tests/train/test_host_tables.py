@@ -13,6 +13,7 @@ from memtrain.model.parameters import parameters_of
 from memtrain.parallel.config import MeshConfig
 from memtrain.parallel.sharding import batch_sharding
 from memtrain.train.load import load_model
+from memtrain.train.room import check_room
 from memtrain.train.run import train
 from memtrain.train.step import abstract_batch, make_evaluation_step, make_train_step
 from tests.helpers import tiny
@@ -86,6 +87,48 @@ def test_the_step_keeps_nothing_of_the_tables_size_on_the_device():
     memory = step.memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < 2 << 20
     assert plan.tables.by_rows == {NAME}
+
+
+def test_tables_are_made_where_they_live(monkeypatch):
+    """The same numbers as on the devices, and no program of a device makes one of them."""
+    config = experiment(slots=4096, tables="bfloat16", table_rounding="master")
+    there = tiny.plan_of(config).init()
+    plan = tiny.plan_of(on_host(config))
+    made = []
+    jit = jax.jit
+
+    def watched(function, **options):
+        program = jit(function, **options)
+
+        def call(*args):
+            made.extend(leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(program, *args)))
+            return program(*args)
+
+        return call if "out_shardings" in options else program
+
+    monkeypatch.setattr(jax, "jit", watched)
+    here = plan.init()
+    assert made and (4096, 16) not in made
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    assert set(kinds(here).values()) == {"pinned_host", jax.devices()[0].default_memory().kind}
+    again = plan.placed_optimizer(here.parameters)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(here.optimizer), strict=True):
+        assert a.sharding == b.sharding
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_table_that_is_not_trained_stays_on_the_devices():
+    frozen = override(experiment(), ["train.freeze=tables.*"])
+    with pytest.raises(BadInput, match=r"mesh\.table_memory=host: no memory table is trained"):
+        tiny.plan_of(on_host(frozen))
+
+
+def test_host_memory_has_an_end(monkeypatch):
+    plan = tiny.plan_of(on_host(experiment(slots=65_536)))
+    with pytest.raises(BadInput, match=r"mesh\.table_memory=host: tables and their moments take"):
+        check_room(plan, 1 << 20)
+    check_room(plan, 1 << 30)
 
 
 @pytest.mark.full

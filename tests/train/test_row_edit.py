@@ -16,10 +16,14 @@ from memtrain.errors import BadInput
 from memtrain.evaluate.subject import Subject
 from memtrain.layers import Attention, Block, ModelConfig, ProductKeyMemory
 from memtrain.model.parameters import parameters_of
+from memtrain.parallel.mesh import mesh_of
 from memtrain.train.config import OptimizerConfig, RowEdit, TrainConfig
+from memtrain.train.init_from import Source, open_source
 from memtrain.train.load import load_model
-from memtrain.train.row_edit import RowCounts, best_rows, scores
+from memtrain.train.row_edit import RowCounts, background_of, best_rows, scores
 from memtrain.train.run import train
+from memtrain.train.state import Plan
+from tests.helpers import tiny
 
 
 NAME = "tables.memory"
@@ -155,10 +159,34 @@ def test_what_an_edit_cannot_be_made_of(source, tmp_path):
 
 
 def test_the_data_of_the_source_must_be_there(source, tmp_path):
-    from memtrain.train.row_edit import background_of
-    from tests.helpers import tiny
-
     plan = tiny.plan_of(edit(source))
     gone = dataclasses.replace(known(), data=DataConfig(path=(str(tmp_path / "gone"),)))
     with pytest.raises(BadInput, match=r"train\.edit: the data that x was trained on: .*gone"):
-        background_of("x", gone, plan)
+        background_of(_source(gone), plan, print)
+
+
+def _source(experiment: Experiment, missing: tuple[str, ...] = ()) -> Source:
+    return Source("x", experiment, {}, {}, set(missing), dict)
+
+
+def test_an_edit_trains_nothing_fresh(tmp_path):
+    plan = tiny.plan_of(edit(tmp_path))
+    with pytest.raises(BadInput, match=r"x has nothing that fits a, b; an edit trains no fresh"):
+        background_of(_source(known(), ("b", "a")), plan, print)
+
+
+@pytest.mark.full
+def test_an_edit_of_an_edit_spares_what_both_know(source, tmp_path):
+    """The third run's background is the second's facts and the first's."""
+    train(edit(source), tmp_path / "second", progress=lambda line: None)
+    third = override(
+        edit(tmp_path / "second"), ["data.facts.first_fact=30", "data.facts.num_facts=4"]
+    )
+    assert third.data.facts is not None
+    plan = Plan.of(third, third.data.facts.vocab_size, mesh_of(third.mesh))
+    found = background_of(open_source(str(tmp_path / "second"), plan), plan, print)
+    asked = [pipeline.fingerprint()["data.facts"] for pipeline in found]
+    assert [(task["num_facts"], task.get("first_fact", 0)) for task in asked] == [(6, 24), (24, 0)]
+    said: list[str] = []
+    train(third, tmp_path / "third", progress=said.append)
+    assert any("30 documents of the old" in line for line in said), said
