@@ -34,7 +34,7 @@ class Place(nnx.Module):
         self.layer = layer.build(context, rngs=rngs)
         self.gated = gated
         if gated:
-            self.gate = nnx.Param(jnp.zeros((), context.dtypes.params), logical_axes=())
+            self.gate = nnx.Param(jnp.zeros((1,), context.dtypes.params), logical_axes=(None,))
 
     @property
     def memory(self) -> Memory | None:

@@ -108,9 +108,9 @@ def _name(path: tuple[Any, ...]) -> str:
     if root == "body":
         return ".".join(rest)
     layer, place, part, *rest = rest
-    assert place in PLACES and part in ("norm", "layer"), parts
+    assert place in PLACES and part in ("norm", "gate", "layer"), parts
     # The place's own norm must not be taken for a part of the layer that is called norm.
-    place = f"{place}_norm" if part == "norm" else place
+    place = place if part == "layer" else f"{place}_{part}"
     return ".".join(["layers", layer, place, *rest])
 
 

@@ -41,6 +41,8 @@ def random_model(config: ModelConfig, vocab_size: int = VOCAB, seed: int = 0) ->
         draw = rng.standard_normal(leaf.shape)
         if name.endswith(".scale"):
             value = 1 + 0.1 * draw
+        elif name.endswith(("mixer_gate", "ffn_gate")):
+            value = 0.8 + 0.1 * draw
         elif name.endswith("log_temperature"):
             value = 0.7 + 0.1 * draw
         elif name == "embedding" or name.startswith("tables."):

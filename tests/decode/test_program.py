@@ -62,10 +62,10 @@ def test_a_prompt_too_long_for_the_program_is_one_line(artifact_path):
 
 @pytest.mark.full
 def test_state_within_state_goes_through_the_program(tmp_path):
-    """A convolution of its own and one on the keys: nested leaves, by name."""
+    """A convolution of its own and one on the keys: nested leaves, by name. And gated places."""
     mixer = Attention(num_heads=2, rope_theta=None, key_conv=3)
-    pattern = (Block(mixer=ShortConv(3)), Block(mixer=mixer))
-    config = ModelConfig(dim=16, pattern=pattern)
+    pattern = (Block(mixer=ShortConv(3)), Block(mixer=mixer, residual_gate=True))
+    config = ModelConfig(dim=16, pattern=pattern, repeats=2)
     experiment = Experiment(name="random", model=config)
     model = random_model(config, 256)
     made = export_model(model, experiment, load_tokenizer("bytes"), tmp_path / "m.mtx", {})

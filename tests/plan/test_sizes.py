@@ -53,6 +53,18 @@ def test_parameters_and_optimizer_by_hand():
     assert sizes.carry.whole == 0
 
 
+def test_a_table_in_host_memory_is_counted_there():
+    there = state_sizes(experiment(MeshConfig(table_memory="host")), vocab_size=16)
+    here = state_sizes(experiment(), vocab_size=16)
+    table, moments = 4 * TABLE, 2 * 4 * TABLE + 2 * 4 * 16
+    assert there.on_host() == table + moments and here.on_host() == 0
+    assert there.parameters_on_device() == here.total().local - table
+    assert there.optimizer_on_device() == here.optimizer.local - moments
+    # Its gradient is of rows, however many are read; that of a table on the device is whole here.
+    assert there.gradients(256).local == 4 * (PARAMETERS - TABLE)
+    assert here.gradients(256).local == 4 * PARAMETERS
+
+
 def test_frozen_parameters_have_no_gradients_and_no_moments():
     sizes = state_sizes(experiment(freeze=("embedding",)), vocab_size=16)
     assert sizes.total(trained_only=True).whole == 4 * (2350 - 16 * 8)
