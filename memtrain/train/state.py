@@ -138,7 +138,7 @@ class Plan:
         made = jax.jit(lambda key: rest(self._init(key)), out_shardings=rest(shardings))
         state = made(jax.random.key(seed))
         # Tables are drawn by the host's own processor: a device may have no room for one.
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        with jax.default_device(_processor()):
             drawn = jax.jit(lambda key: self._draw_tables(key))(jax.random.key(seed))
             drawn = {name: np.asarray(table) for name, table in drawn.items()}
         tables: Parameters = {
@@ -244,3 +244,13 @@ class Plan:
             self.shapes(),
             self.shardings(),
         )
+
+
+def _processor() -> Any:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise BadInput(
+            "mesh.table_memory=host: tables are drawn by the host's processor, which JAX was not "
+            f"given (JAX_PLATFORMS; add ',cpu' to it): {error}"
+        ) from None
