@@ -93,7 +93,7 @@ ARMS: dict[str, Callable[[], Experiment]] = {
 def _by_position(run: Path) -> dict[str, Any]:
     from memtrain.evaluate.run import evaluate
 
-    return evaluate(run, task="bpb")
+    return evaluate(run, task="bpb", max_tokens=1 << 16)
 
 
 def _main() -> None:
