@@ -15,14 +15,17 @@ the memory all the same; here what a token sees is a matter of positions, so car
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from memtrain.config import Experiment, override
+from memtrain.config import Experiment
 from memtrain.data.config import DataConfig
 from memtrain.description import LayerDescription
 from memtrain.layers import Attention, BankMemory, Block, ModelConfig, ShortConv, SwiGLU
 from memtrain.train.config import OptimizerConfig, TrainConfig
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SEEDS = (0, 1, 2)
 RATES = (3e-3, 8e-3)
@@ -97,89 +100,41 @@ def _by_position(run: Path) -> dict[str, Any]:
 
 
 def _main() -> None:
-    from memtrain.evaluate.study import (
-        measured,
-        run_arm,
-        size_of,
-        study_arguments,
-        where_measured,
-        write_study,
-    )
+    from memtrain.evaluate.study import BITS_PER_BYTE, at_rates, measured, size_of
+    from memtrain.evaluate.study_command import Study, positions_mean, table_row
 
-    parser = study_arguments(
-        "The study of docs/results/bank-books.md.",
-        runs="runs/study-bank-books",
-        seeds=SEEDS,
-        arms=list(ARMS),
-    )
-    parser.add_argument("--data", default="stdlib", help="a folder of long texts")
-    given = parser.parse_args()
+    data = {"default": "stdlib", "help": "a folder of long texts"}
+    study = Study("bank-books", arms=list(ARMS), seeds=SEEDS, options={"--data": data})
     found: list[dict[str, Any]] = []
-    for name in given.arms:
-        candidates = {
-            f"{rate:g}": override(
-                ARMS[name](), [f"optimizer.learning_rate={rate}", f"data.path={given.data}"]
-            )
-            for rate in RATES
-        }
-        arm = run_arm(
-            name,
-            candidates,
-            given.seeds,
-            given.runs,
-            score="validation/bits_per_byte",
-            best="least",
-        )
-        positions = [measured(run, "by-position", _by_position) for run in arm.runs.values()]
-        found.append(
-            {
-                "arm": name,
-                **size_of(candidates[arm.chosen], vocab_size=256),
-                **arm.as_dict(),
-                "by_position": [at["by_position"] for at in positions],
-            }
-        )
+    for name in study.arms:
+        candidates = at_rates(ARMS[name](), RATES, [f"data.path={study.given.data}"])
+        arm = study.arm(name, candidates, score=BITS_PER_BYTE)
+        size = size_of(candidates[arm.chosen], vocab_size=256)
+        positions = [
+            measured(run, "by-position", _by_position)["by_position"] for run in arm.runs.values()
+        ]
+        seeds = ", ".join(f"{curve.last:.4f}" for curve in arm.curves.values())
+        cells = (arm.spread, arm.chosen, arm.candidates, size["state_bytes"], seeds)
+        print(table_row(name, *cells, digits=4))
+        ends, bits = positions_mean(positions, "bits_per_byte")
+        print(*(f"{at}: {value:.3f}" for at, value in zip(ends, bits, strict=True)))
+        found.append({"arm": name, **size, **arm.as_dict(), "by_position": positions})
+    study.keep(found, lambda figure: _draw(figure, found))
+
+
+def _draw(figure: "Figure", found: list[dict[str, Any]]) -> None:
+    """Bits per byte by the bytes of the document that were read before."""
+    from memtrain.evaluate.plots import PALETTE
+    from memtrain.evaluate.study_command import positions_mean
+
+    axes = figure.subplots()
     for row in found:
-        rates = " / ".join(f"{score:.3f}" for score in row["candidates"].values())
-        seeds = [curve["scores"][-1] for curve in row["seeds"].values()]
-        print(
-            f"| {row['arm']} | {row['mean']:.4f} +- {row['stdev']:.4f} | {row['chosen']} | {rates} "
-            f"| {row['state_bytes']:,} | {', '.join(f'{score:.4f}' for score in seeds)} |"
-        )
-    for row in found:
-        print(row["arm"], *(f"{at}: {bits:.3f}" for at, bits in _mean_by_position(row)))
-    if given.out is not None:
-        write_study(given.out, {"results": found, "where": where_measured()})
-    if given.plot is not None:
-        _draw(given.plot, found)
-
-
-def _mean_by_position(row: dict[str, Any]) -> list[tuple[int, float]]:
-    """Bits per byte by the bytes of the document that were read before, seeds averaged."""
-    import numpy as np
-
-    ends = [part["to"] for part in row["by_position"][0]]
-    bits = [[part["bits_per_byte"] for part in seed] for seed in row["by_position"]]
-    return list(zip(ends, np.mean(bits, axis=0).tolist(), strict=True))
-
-
-def _draw(path: Path, found: list[dict[str, Any]]) -> None:
-    from memtrain.evaluate.plots import PALETTE, as_png, new_figure, styled
-
-    @styled
-    def draw() -> bytes:
-        figure = new_figure(6.4, 3.8)
-        axes = figure.subplots()
-        for row in found:
-            at, bits = zip(*_mean_by_position(row), strict=True)
-            axes.plot(at, bits, color=PALETTE[list(ARMS).index(row["arm"])], label=row["arm"])
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("bytes read before")
-        axes.set_ylabel("bits per byte")
-        axes.legend(frameon=False, fontsize=9)
-        return as_png(figure)
-
-    path.write_bytes(draw())
+        curve = positions_mean(row["by_position"], "bits_per_byte")
+        axes.plot(*curve, color=PALETTE[list(ARMS).index(row["arm"])], label=row["arm"])
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("bytes read before")
+    axes.set_ylabel("bits per byte")
+    axes.legend(frameon=False, fontsize=9)
 
 
 if __name__ == "__main__":

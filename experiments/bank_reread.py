@@ -15,14 +15,17 @@ twice in a row: the second reading begins eight windows after the first.
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from memtrain.config import Experiment, override
+from memtrain.config import Experiment
 from memtrain.data.config import DataConfig, RereadTask
 from memtrain.description import LayerDescription
 from memtrain.layers import Attention, BankMemory, Block, ModelConfig, ShortConv, SwiGLU, Window
 from memtrain.train.config import OptimizerConfig, TrainConfig
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ALIKE: dict[str, Any] = {
     "num_heads": 2,
@@ -95,101 +98,51 @@ def _read_twice(run: Path) -> dict[str, Any]:
     return found
 
 
-def _main() -> None:
-    from memtrain.evaluate.study import (
-        mean_and_spread,
-        measured,
-        run_arm,
-        size_of,
-        study_arguments,
-        where_measured,
-        write_study,
-    )
+FIGURES = ("bits_per_byte_first", "bits_per_byte_second", "second_over_first")
 
-    parser = study_arguments(
-        "The study of docs/results/bank-reread.md.",
-        runs="runs/study-bank-reread",
-        seeds=SEEDS,
-        arms=list(ARMS),
-    )
-    given = parser.parse_args()
+
+def _main() -> None:
+    from memtrain.evaluate.study import BITS_PER_BYTE, at_rates, measured, size_of, spreads
+    from memtrain.evaluate.study_command import Study, table_row
+
+    study = Study("bank-reread", arms=list(ARMS), seeds=SEEDS)
     found: list[dict[str, Any]] = []
-    for name in given.arms:
-        candidates = {
-            f"{rate:g}": override(ARMS[name](), [f"optimizer.learning_rate={rate}"])
-            for rate in RATES
-        }
-        arm = run_arm(
-            name,
-            candidates,
-            given.seeds,
-            given.runs,
-            score="validation/bits_per_byte",
-            best="least",
-        )
-        readings = [measured(run, "reread", _read_twice) for run in arm.runs.values()]
+    for name in study.arms:
+        candidates = at_rates(ARMS[name](), RATES)
+        arm = study.arm(name, candidates, score=BITS_PER_BYTE)
         size = size_of(candidates[arm.chosen], vocab_size=256)
+        readings = [measured(run, "reread", _read_twice) for run in arm.runs.values()]
         for setting in readings[0]:
             values = [reading[setting] for reading in readings]
+            label = name if setting == "whole" else f"{name}, {setting}"
+            spread = spreads(values, FIGURES)
+            cells = (*spread.values(), arm.chosen, arm.candidates, size["state_bytes"])
+            print(table_row(label, arm.spread, *cells))
+            by_position = [value["by_position"] for value in values]
             found.append(
-                {
-                    "arm": name if setting == "whole" else f"{name}, {setting}",
-                    **size,
-                    **arm.as_dict(),
-                    **{
-                        key: mean_and_spread([value[key] for value in values])
-                        for key in (
-                            "bits_per_byte_first",
-                            "bits_per_byte_second",
-                            "second_over_first",
-                        )
-                    },
-                    "by_position": [value["by_position"] for value in values],
-                }
+                {"arm": label, **size, **arm.as_dict(), **spread, "by_position": by_position}
             )
-    for row in found:
-        cells = [row[key] for key in row if key.startswith(("bits_per_byte", "second"))]
-        shown = " | ".join(f"{mean:.3f} +- {spread:.3f}" for mean, spread in cells)
-        rates = " / ".join(f"{score:.3f}" for score in row["candidates"].values())
-        print(
-            f"| {row['arm']} | {row['mean']:.3f} +- {row['stdev']:.3f} | {shown} "
-            f"| {row['chosen']} | {rates} | {row['state_bytes']:,} |"
-        )
-    if given.out is not None:
-        write_study(given.out, {"results": found, "where": where_measured()})
-    if given.plot is not None:
-        _draw(given.plot, found)
+    study.keep(found, lambda figure: _draw(figure, found), (7.0, 3.8))
 
 
-def _draw(path: Path, found: list[dict[str, Any]]) -> None:
+def _draw(figure: "Figure", found: list[dict[str, Any]]) -> None:
     """Bits per byte of both readings along the piece, seeds averaged."""
-    import numpy as np
+    from memtrain.evaluate.plots import PALETTE
+    from memtrain.evaluate.study_command import positions_mean
 
-    from memtrain.evaluate.plots import PALETTE, as_png, new_figure, styled
-
-    @styled
-    def draw() -> bytes:
-        figure = new_figure(7.0, 3.8)
-        axes = figure.subplots()
-        for row in found:
-            if row["arm"] not in ARMS:
-                continue
-            colour = PALETTE[list(ARMS).index(row["arm"])]
-            at = [part["to"] for part in row["by_position"][0]]
-            for reading, line in (("first", "--"), ("second", "-")):
-                bits = np.mean(
-                    [[part[reading] for part in seed] for seed in row["by_position"]], axis=0
-                )
-                label = row["arm"] if reading == "second" else None
-                axes.plot(at, bits, line, color=colour, label=label)
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("bytes of the piece read so far (dashed: first reading)")
-        axes.set_ylabel("bits per byte")
-        axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, fontsize=9)
-        return as_png(figure)
-
-    path.write_bytes(draw())
+    axes = figure.subplots()
+    for row in found:
+        if row["arm"] not in ARMS:
+            continue
+        colour = PALETTE[list(ARMS).index(row["arm"])]
+        for reading, line in (("first", "--"), ("second", "-")):
+            label = row["arm"] if reading == "second" else None
+            axes.plot(*positions_mean(row["by_position"], reading), line, color=colour, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("bytes of the piece read so far (dashed: first reading)")
+    axes.set_ylabel("bits per byte")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=9)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ choice of rates: of those that teach 95 % of the new facts, the one that loses f
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import facts
 
@@ -26,6 +26,9 @@ from memtrain.config import Experiment, override
 from memtrain.data.config import FactsTask
 from memtrain.train.config import RowEdit
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OLD, NEW = 1_000, 100
 SEEDS = (0, 1, 2)
@@ -121,92 +124,57 @@ def _recalled(run: Path) -> dict[str, float]:
 
 
 def _main() -> None:
-    from memtrain.evaluate.study import (
-        mean_and_spread,
-        measured,
-        run_arm,
-        study_arguments,
-        where_measured,
-        write_study,
-    )
+    from memtrain.evaluate.study import mean_and_spread, measured, spreads
+    from memtrain.evaluate.study_command import Study, table_row
 
-    parser = study_arguments(
-        "The study of docs/results/edit-facts.md.",
-        runs="runs/study-edit-facts",
-        seeds=SEEDS,
-        arms=list(ARMS),
-    )
-    given = parser.parse_args()
-    base = run_arm(BASE, {BASE: known()}, given.seeds, given.runs)
+    study = Study("edit-facts", arms=list(ARMS), seeds=SEEDS)
+    base = study.arm(BASE, {BASE: known()})
+    print(table_row(f"known before, of {OLD:,}", base.spread))
+
+    def recalled(run: Path) -> dict[str, float]:
+        return measured(run, "recalled", _recalled)
 
     def judge(run: Path) -> float:
-        found = measured(run, "recalled", _recalled)
-        return 1 + found["old"] if found["new"] >= ENOUGH else found["new"]
+        share = recalled(run)
+        return 1 + share["old"] if share["new"] >= ENOUGH else share["new"]
 
     found: list[dict[str, Any]] = []
-    for name in given.arms:
+    for name in study.arms:
         candidates = ARMS[name](lambda seed: str(base.runs[seed]))
-        arm = run_arm(name, candidates, given.seeds, given.runs, judge=judge)
-        after = [measured(run, "recalled", _recalled) for run in arm.runs.values()]
-        lost = [
-            1 - recalled["old"] / base.curves[seed].last
-            for seed, recalled in zip(arm.runs, after, strict=True)
-        ]
-        tried = {
-            label: measured(
-                given.runs / name / label / f"seed-{given.seeds[0]}", "recalled", _recalled
-            )
-            for label in candidates
-        }
-        found.append(
-            {
-                "arm": name,
-                **arm.as_dict(),
-                "new": mean_and_spread([recalled["new"] for recalled in after]),
-                "lost": mean_and_spread(lost),
-                "tried": tried,
-            }
-        )
-    print(f"known before: {base.mean:.4f} +- {base.stdev:.4f} of {OLD:,} facts")
-    for row in found:
-        cells = " | ".join(
-            f"{mean:.3f} +- {spread:.3f}" for mean, spread in (row["new"], row["lost"])
-        )
-        print(f"| {row['arm']} | {cells} | {row['chosen']} |")
-        for label, recalled in row["tried"].items():
-            print(f"    {label}: new {recalled['new']:.3f}, old {recalled['old']:.3f}")
-    if given.out is not None:
-        write_study(given.out, {"results": found, "where": where_measured()})
-    if given.plot is not None:
-        _draw(given.plot, found)
+        arm = study.arm(name, candidates, judge=judge)
+        after = {seed: recalled(run) for seed, run in arm.runs.items()}
+        before = {seed: curve.last for seed, curve in base.curves.items()}
+        new = spreads(list(after.values()), ["new"])
+        lost = mean_and_spread([1 - share["old"] / before[seed] for seed, share in after.items()])
+        first = f"seed-{study.given.seeds[0]}"
+        tried = {label: recalled(study.runs / name / label / first) for label in candidates}
+        print(table_row(name, *new.values(), lost, arm.chosen))
+        for label, share in tried.items():
+            print(f"    {label}: new {share['new']:.3f}, old {share['old']:.3f}")
+        found.append({"arm": name, **arm.as_dict(), **new, "lost": lost, "tried": tried})
+    study.keep(found, lambda figure: _draw(figure, found), (5.4, 3.8))
 
 
-def _draw(path: Path, found: list[dict[str, Any]]) -> None:
+def _draw(figure: "Figure", found: list[dict[str, Any]]) -> None:
     """What every candidate of the first seed recalls of the new facts, and what is left of the
     old."""
-    from memtrain.evaluate.plots import PALETTE, as_png, new_figure, styled
+    from memtrain.evaluate.plots import PALETTE
 
-    @styled
-    def draw() -> bytes:
-        figure = new_figure(5.4, 3.8)
-        axes = figure.subplots()
-        for colour, row in zip(PALETTE, found, strict=False):
-            tried = sorted(row["tried"].values(), key=lambda recalled: recalled["new"])
-            axes.plot(
-                [recalled["new"] for recalled in tried],
-                [recalled["old"] for recalled in tried],
-                "o",
-                color=colour,
-                label=row["arm"],
-            )
-        axes.axvline(ENOUGH, color="0.8", linewidth=1)
-        axes.axhline(0.98, color="0.8", linewidth=1)
-        axes.set_xlabel("new facts recalled")
-        axes.set_ylabel("old facts still recalled")
-        axes.legend(frameon=False, fontsize=9, loc="lower left")
-        return as_png(figure)
-
-    path.write_bytes(draw())
+    axes = figure.subplots()
+    for colour, row in zip(PALETTE, found, strict=False):
+        tried = sorted(row["tried"].values(), key=lambda share: share["new"])
+        axes.plot(
+            [share["new"] for share in tried],
+            [share["old"] for share in tried],
+            "o",
+            color=colour,
+            label=row["arm"],
+        )
+    axes.axvline(ENOUGH, color="0.8", linewidth=1)
+    axes.axhline(0.98, color="0.8", linewidth=1)
+    axes.set_xlabel("new facts recalled")
+    axes.set_ylabel("old facts still recalled")
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
 
 
 if __name__ == "__main__":

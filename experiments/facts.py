@@ -117,45 +117,35 @@ ARMS: dict[str, Callable[[], Experiment]] = {
 
 
 def _main() -> None:
-    from memtrain.evaluate.study import (
-        draw_study,
-        run_arm,
-        size_of,
-        study_arguments,
-        where_measured,
-        write_study,
-    )
+    from memtrain.evaluate.study import size_of
+    from memtrain.evaluate.study_command import Study, draw_curves, table_row
 
-    parser = study_arguments(
-        "The study of docs/results/facts.md.", runs="runs/study-facts", seeds=SEEDS, arms=list(ARMS)
-    )
-    parser.add_argument("--facts", type=int, nargs="+", default=list(STEPS))
-    given = parser.parse_args()
+    tables = {"type": int, "nargs": "+", "default": list(STEPS)}
+    study = Study("facts", arms=list(ARMS), seeds=SEEDS, options={"--facts": tables})
     found: list[dict[str, Any]] = []
     panels: dict[str, list[Any]] = {}
-    for num_facts in given.facts:
-        for name in given.arms:
+    for num_facts in study.given.facts:
+        for name in study.arms:
             candidates = _candidates(name, num_facts)
-            arm = run_arm(name, candidates, given.seeds, given.runs / str(num_facts))
+            arm = study.arm(name, candidates, folder=str(num_facts))
             experiment = candidates[arm.chosen]
             assert experiment.data.facts is not None
             size = size_of(experiment, experiment.data.facts.vocab_size)
             tokens_per_step = ROWS * experiment.train.seq_len
-            size["training_flops_per_step"] = 3 * size["forward_flops_per_token"] * tokens_per_step
+            flops = size["forward_flops_per_token"]
+            size["training_flops_per_step"] = 3 * flops * tokens_per_step
+            cells = (size["parameters"], round(flops), arm.spread, arm.chosen, arm.candidates)
+            print(table_row(num_facts, name, *cells, digits=4))
             found.append({"facts": num_facts, "arm": name, **size, **arm.as_dict()})
             panel = panels.setdefault(f"{num_facts:,} facts", [])
             panel.append((arm, size["training_flops_per_step"]))
-    for row in found:
-        rates = " / ".join(f"{score:.3f}" for score in row["candidates"].values())
-        print(
-            f"| {row['facts']:,} | {row['arm']} | {row['parameters']:,} "
-            f"| {row['forward_flops_per_token']:,.0f} | {row['mean']:.4f} +- {row['stdev']:.4f} "
-            f"| {row['chosen']} | {rates} |"
-        )
-    if given.out is not None:
-        write_study(given.out, {"results": found, "where": where_measured()})
-    if given.plot is not None:
-        draw_study(given.plot, panels, x="FLOPs trained", y="facts recalled", log_x=True)
+    study.keep(
+        found,
+        lambda figure: draw_curves(
+            figure, panels, x="FLOPs trained", y="facts recalled", log_x=True
+        ),
+        (4.6 * len(panels), 3.6),
+    )
 
 
 if __name__ == "__main__":

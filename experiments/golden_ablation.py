@@ -16,7 +16,7 @@ read twice, so that there is something to remember.
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import golden
 
@@ -25,6 +25,9 @@ from memtrain.description import LayerDescription
 from memtrain.parallel.config import MeshConfig
 from memtrain.recipe import with_layers
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SEEDS = (0, 1, 2)
 RATES = (3e-3, 1e-2)
@@ -90,82 +93,44 @@ def _figures(run: Path, off: tuple[str, ...] = ()) -> dict[str, float]:
 
 
 def _main() -> None:
-    from memtrain.evaluate.study import (
-        mean_and_spread,
-        measured,
-        run_arm,
-        size_of,
-        study_arguments,
-        where_measured,
-        write_study,
-    )
+    from memtrain.evaluate.study import BITS_PER_BYTE, at_rates, measured, size_of, spreads
+    from memtrain.evaluate.study_command import Study, table_row
 
-    parser = study_arguments(
-        "The study of docs/results/golden-ablation.md.",
-        runs="runs/study-golden-ablation",
-        seeds=SEEDS,
-        arms=list(ARMS),
-    )
-    given = parser.parse_args()
+    study = Study("golden-ablation", arms=list(ARMS), seeds=SEEDS)
     found: list[dict[str, Any]] = []
-    for name in given.arms:
-        candidates = {
-            f"{rate:g}": override(ARMS[name](), [f"optimizer.learning_rate={rate}"])
-            for rate in RATES
-        }
-        arm = run_arm(
-            name,
-            candidates,
-            given.seeds,
-            given.runs,
-            score="validation/bits_per_byte",
-            best="least",
-        )
+    for name in study.arms:
+        candidates = at_rates(ARMS[name](), RATES)
+        arm = study.arm(name, candidates, score=BITS_PER_BYTE)
         size = size_of(candidates[arm.chosen], vocab_size=256)
-
-        def add(label: str, file: str, off: tuple[str, ...] = (), arm=arm, size=size) -> None:
-            values = [measured(run, file, lambda r: _figures(r, off)) for run in arm.runs.values()]
-            spread = {key: mean_and_spread([v[key] for v in values]) for key in FIGURES}
-            found.append({"arm": label, **size, **arm.as_dict(), **spread})
-
-        add(name, "figures")
+        settings: dict[str, tuple[str, ...]] = {name: ()}
         if name == "every memory":
-            for memory in MEMORIES:
-                add(f"{memory} switched off", f"figures-without-{memory}", (memory,))
-    for row in found:
-        cells = " | ".join(f"{row[k][0]:.3f} +- {row[k][1]:.3f}" for k in FIGURES)
-        rates = " / ".join(f"{score:.3f}" for score in row["candidates"].values())
-        print(
-            f"| {row['arm']} | {cells} | {row['parameters']:,} | {row['chosen']} | {rates} "
-            f"| {row['state_bytes']:,} |"
-        )
-    if given.out is not None:
-        write_study(given.out, {"results": found, "where": where_measured()})
-    if given.plot is not None:
-        _draw(given.plot, found)
+            settings |= {f"{memory} switched off": (memory,) for memory in MEMORIES}
+        for label, off in settings.items():
+            file = "-without-".join(("figures", *off))
+            values = [
+                measured(run, file, lambda run, off=off: _figures(run, off))
+                for run in arm.runs.values()
+            ]
+            spread = spreads(values, FIGURES)
+            cells = (size["parameters"], arm.chosen, arm.candidates, size["state_bytes"])
+            print(table_row(label, *spread.values(), *cells))
+            found.append({"arm": label, **size, **arm.as_dict(), **spread})
+    study.keep(found, lambda figure: _draw(figure, found), (9.0, 3.8))
 
 
-def _draw(path: Path, found: list[dict[str, Any]]) -> None:
+def _draw(figure: "Figure", found: list[dict[str, Any]]) -> None:
     """Bits per byte and second reading of every setting, as bars."""
-    from memtrain.evaluate.plots import PALETTE, as_png, new_figure, styled
+    from memtrain.evaluate.plots import PALETTE
 
-    @styled
-    def draw() -> bytes:
-        figure = new_figure(9.0, 3.8)
-        panels = figure.subplots(1, len(FIGURES), sharey=True)
-        rows = list(reversed(found))
-        for panel, key in zip(panels, FIGURES, strict=True):
-            colours = [PALETTE["switched off" in row["arm"]] for row in rows]
-            panel.barh(
-                [row["arm"] for row in rows],
-                [row[key][0] for row in rows],
-                xerr=[row[key][1] for row in rows],
-                color=colours,
-            )
-            panel.set_xlabel(key.replace("_", " "))
-        return as_png(figure)
-
-    path.write_bytes(draw())
+    rows = list(reversed(found))
+    for panel, key in zip(figure.subplots(1, len(FIGURES), sharey=True), FIGURES, strict=True):
+        panel.barh(
+            [row["arm"] for row in rows],
+            [row[key][0] for row in rows],
+            xerr=[row[key][1] for row in rows],
+            color=[PALETTE["switched off" in row["arm"]] for row in rows],
+        )
+        panel.set_xlabel(key.replace("_", " "))
 
 
 if __name__ == "__main__":

@@ -65,54 +65,34 @@ def _further(
     )
 
 
+ARMS: dict[str, Callable[[str, float], Experiment]] = {"grown": grown, "longer": longer}
+
+
 def _main() -> None:
     from memtrain.evaluate.run import evaluate
-    from memtrain.evaluate.study import (
-        mean_and_spread,
-        measured,
-        run_arm,
-        study_arguments,
-        where_measured,
-        write_study,
-    )
+    from memtrain.evaluate.study import BITS_PER_BYTE, at_rates, measured, spreads
+    from memtrain.evaluate.study_command import Study, table_row
 
     def reread(run: Path) -> dict[str, Any]:
         return {"whole": evaluate(run, task="reread")}
 
-    arms: dict[str, Callable[..., Experiment]] = {"grown": grown, "longer": longer}
-    parser = study_arguments(
-        "The grown model of docs/results/bank-reread.md.",
-        runs="runs/study-bank-reread",
-        seeds=SEEDS,
-        arms=list(arms),
-    )
-    given = parser.parse_args()
-    base_rate = f"{BASE_RATE:g}"
-    window = override(bank_reread.window(), [f"optimizer.learning_rate={base_rate}"])
-    score = "validation/bits_per_byte"
-    base = run_arm(
-        "window", {base_rate: window}, given.seeds, given.runs, score=score, best="least"
-    )
+    study = Study("bank-reread", arms=list(ARMS), seeds=SEEDS)
+    window = at_rates(bank_reread.window(), [BASE_RATE])
+    base = study.arm("window", window, score=BITS_PER_BYTE)
     studied = {"window": base}
-    for name in given.arms:
+    for name in study.arms:
         candidates: dict[str, Callable[[int], Experiment]] = {
-            f"{rate:g}": lambda seed, n=name, r=rate: arms[n](str(base.runs[seed]), r)
+            f"{rate:g}": lambda seed, n=name, r=rate: ARMS[n](str(base.runs[seed]), r)
             for rate in RATES[name]
         }
-        studied[name] = run_arm(
-            name, candidates, given.seeds, given.runs, score=score, best="least"
-        )
+        studied[name] = study.arm(name, candidates, score=BITS_PER_BYTE)
     found = []
     for name, arm in studied.items():
         values = [measured(run, "reread", reread)["whole"] for run in arm.runs.values()]
-        keys = ("bits_per_byte_first", "bits_per_byte_second", "second_over_first")
-        spread = {key: mean_and_spread([value[key] for value in values]) for key in keys}
+        spread = spreads(values, bank_reread.FIGURES)
+        print(table_row(name, arm.spread, *spread.values(), arm.chosen, arm.candidates))
         found.append({"arm": name, **arm.as_dict(), **spread})
-        shown = " | ".join(f"{mean:.3f} +- {stdev:.3f}" for mean, stdev in spread.values())
-        rates = " / ".join(f"{score:.3f}" for score in arm.candidates.values())
-        print(f"| {name} | {arm.mean:.3f} +- {arm.stdev:.3f} | {shown} | {arm.chosen} | {rates} |")
-    if given.out is not None:
-        write_study(given.out, {"results": found, "where": where_measured()})
+    study.keep(found)
 
 
 if __name__ == "__main__":

@@ -94,45 +94,34 @@ ARMS: dict[str, Callable[[], Experiment]] = {
 
 def _main() -> None:
     from memtrain.data.tasks.mqar import ZOOLOGY
-    from memtrain.evaluate.study import (
-        draw_study,
-        run_arm,
-        size_of,
-        study_arguments,
-        where_measured,
-        write_study,
-    )
+    from memtrain.evaluate.study import size_of
+    from memtrain.evaluate.study_command import Study, draw_curves, table_row
 
-    parser = study_arguments(
-        "The study of docs/results/mqar.md.", runs="runs/study-mqar", seeds=SEEDS, arms=list(ARMS)
-    )
-    parser.add_argument("--cells", nargs="+", default=["64,4", "128,8"], metavar="N,D")
-    parser.add_argument("--vocab", type=int, default=1024)
-    given = parser.parse_args()
-    cells = ZOOLOGY if given.cells == ["all"] else [map(int, c.split(",")) for c in given.cells]
+    options = {
+        "--cells": {"nargs": "+", "default": ["64,4", "128,8"], "metavar": "N,D"},
+        "--vocab": {"type": int, "default": 1024},
+    }
+    study = Study("mqar", arms=list(ARMS), seeds=SEEDS, options=options)
+    cells, vocab = study.given.cells, study.given.vocab
     found: list[dict[str, Any]] = []
     panels: dict[str, list[Any]] = {}
-    for length, pairs in cells:
-        for name in given.arms:
+    for length, pairs in ZOOLOGY if cells == ["all"] else [map(int, c.split(",")) for c in cells]:
+        for name in study.arms:
             candidates = {
-                f"{rate:g}": _cell(ARMS[name](), length, pairs, given.vocab, rate)
+                f"{rate:g}": _cell(ARMS[name](), length, pairs, vocab, rate)
                 for rate in LEARNING_RATES
             }
-            folder = given.runs / f"{length}-{pairs}-{given.vocab}"
-            arm = run_arm(name, candidates, given.seeds, folder)
-            size = size_of(candidates[arm.chosen], given.vocab)
+            arm = study.arm(name, candidates, folder=f"{length}-{pairs}-{vocab}")
+            size = size_of(candidates[arm.chosen], vocab)
+            figures = (arm.spread, arm.chosen, arm.candidates, size["state_bytes"])
+            print(table_row(f"({length}, {pairs})", name, *figures, digits=4))
             found.append({"tokens": length, "pairs": pairs, "arm": name, **size, **arm.as_dict()})
             panels.setdefault(f"{length} tokens, {pairs} pairs", []).append((arm, 1))
-    for row in found:
-        rates = " / ".join(f"{score:.3f}" for score in row["candidates"].values())
-        print(
-            f"| ({row['tokens']}, {row['pairs']}) | {row['arm']} | {row['mean']:.4f} +- "
-            f"{row['stdev']:.4f} | {row['chosen']} | {rates} | {row['state_bytes']:,} |"
-        )
-    if given.out is not None:
-        write_study(given.out, {"results": found, "where": where_measured()})
-    if given.plot is not None:
-        draw_study(given.plot, panels, x="step", y="questions answered right")
+    study.keep(
+        found,
+        lambda figure: draw_curves(figure, panels, x="step", y="questions answered right"),
+        (4.6 * len(panels), 3.6),
+    )
 
 
 if __name__ == "__main__":
