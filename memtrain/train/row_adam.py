@@ -65,6 +65,8 @@ class RowAdam:
     rounding: Rounding = "nearest"
     chosen_rows: bool = False
     """Whether moments say which rows are `writable`: none, until they are chosen."""
+    block_numbers: int = 1 << 23
+    """Of a table, updated at a time: 32 MiB in float32, and as much of either moment."""
 
     def init(self, table: Float[Array, "N V"]) -> TableMoments:
         rows = table.shape[0]
@@ -100,19 +102,36 @@ class RowAdam:
         now: Now,
         shard: Shard = Shard(),
     ) -> tuple[Float[Array, "N V"], TableMoments]:
-        """gradients: ids are rows of `table`, which is this shard of the whole."""
+        """gradients: ids are rows of `table`, which is this shard of the whole.
+
+        Block after block of `block_numbers`, and none beyond the rows that were read: what is
+        held beside table, moments and gradients are the rows of one block.
+        """
         N, ids = table.shape[0], gradients.ids
-        here = jnp.minimum(ids, N - 1)
-        rows, own = jax.tree.map(lambda a: rows_of(a, here), (table, moments))
-        new = self._step(rows, own, gradients.rows, now, shard.first_row + here, shard.first_column)
         moved = (ids != NO_ROW) & jnp.any(gradients.rows != 0, axis=-1) & now.good
         if shard.over_columns:
             # A row moves as a whole: what is zero in these columns may not be so in the others.
             moved = jax.lax.pmax(moved.astype(jnp.int32), shard.over_columns) > 0
         # Whatever does not move gets a target of its own outside: all are then unique.
         target = jnp.where(moved, ids, N + jax.lax.iota(jnp.int32, ids.size))
-        put = lambda whole, rows: with_rows(whole, target, rows)  # noqa: E731
-        return jax.tree.map(put, (table, moments), new)
+        block = min(ids.size, max(1, self.block_numbers // table.shape[1]))
+
+        def of_block(i: Array | int, old: tuple[Array, TableMoments]) -> tuple[Array, TableMoments]:
+            # The last block ends with the rows and begins among those that are done: not again.
+            start = jnp.minimum(i * block, ids.size - block)
+            taken = lambda a: jax.lax.dynamic_slice_in_dim(a, start, block)  # noqa: E731
+            at = start + jax.lax.iota(jnp.int32, block)
+            here = jnp.minimum(taken(ids), N - 1)
+            rows, own = jax.tree.map(lambda a: rows_of(a, here), old)
+            first = shard.first_row + here
+            new = self._step(rows, own, taken(gradients.rows), now, first, shard.first_column)
+            put_at = jnp.where(at < i * block, N + at, taken(target))
+            return jax.tree.map(lambda a, rows: with_rows(a, put_at, rows), old, new)
+
+        if block == ids.size:
+            return of_block(0, (table, moments))
+        blocks = -(-jnp.sum(ids != NO_ROW) // block)
+        return jax.lax.fori_loop(0, blocks, of_block, (table, moments))
 
     def _step(
         self,

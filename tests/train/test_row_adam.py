@@ -52,20 +52,28 @@ def rows_of(step):
     return RowGradients(jnp.asarray(padded), jnp.asarray(rows), jnp.int32(len(ids)))
 
 
-@pytest.mark.parametrize("of", ["rows", "table"])
+# Of all rows, of one, and of four, of which the last begins among the rows of the one before.
+BLOCKS = {"rows": 1 << 23, "row by row": WIDTH, "four rows at a time": 4 * WIDTH + 1}
+HOST = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+
+
+@pytest.mark.parametrize("of", [*BLOCKS, "four rows at a time, on the host", "table"])
 def test_against_float64_and_untouched_rows_stand_still(of):
     table = np.random.default_rng(1).normal(size=(ROWS, WIDTH)).astype(np.float32)
-    steps, adam = gradients(), RowAdam(0.9, 0.95, 1e-8)
+    steps = gradients()
+    adam = RowAdam(0.9, 0.95, 1e-8, block_numbers=BLOCKS.get(of.removesuffix(", on the host"), 1))
     at, moments = jnp.asarray(table), adam.init(jnp.asarray(table))
+    if of.endswith("host"):
+        at, moments = jax.device_put((at, moments), HOST)
 
     @jax.jit
     def update(at, moments, step, gradient):
-        if of == "rows":
-            return adam.update_rows(at, moments, gradient, step)
-        return adam.update_table(at, moments, gradient, step)
+        if of == "table":
+            return adam.update_table(at, moments, gradient, step)
+        return adam.update_rows(at, moments, gradient, step)
 
     for i, step in enumerate(steps):
-        given = rows_of(step) if of == "rows" else jnp.asarray(step, jnp.float32)
+        given = jnp.asarray(step, jnp.float32) if of == "table" else rows_of(step)
         after, new = update(at, moments, now(i), given)
         still = ~step.any(-1)
         assert still.any()
