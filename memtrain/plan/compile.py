@@ -72,6 +72,8 @@ class Compiled:
     """The most that is live at once, where the compiler tells."""
     allocated: int | None
     """All that is set aside in main memory, where the compiler tells: what it refuses by."""
+    host: int
+    """In the host's memory: arguments, temporaries, new outputs. None of it is counted above."""
     flops: float | None
     """As the compiler counts: a loop's body once, kernels by their own estimate."""
     seconds: float
@@ -218,6 +220,8 @@ def _too_large(error: Exception, target: Target) -> BadInput | None:
 
 def _figures(compiled: Any, seconds: float) -> Compiled:
     memory = compiled.memory_analysis()
+    in_use = lambda at: getattr(memory, f"host_{at}_size_in_bytes", 0)  # noqa: E731
+    host = in_use("argument") + in_use("temp") + in_use("output") - in_use("alias")
     cost = compiled.cost_analysis() or {}
     flops = cost.get("flops")
     return Compiled(
@@ -225,8 +229,10 @@ def _figures(compiled: Any, seconds: float) -> Compiled:
         outputs=memory.output_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
-        peak=getattr(memory, "peak_memory_in_bytes", None),
-        allocated=getattr(memory, "total_allocation_bytes", None),
+        # Both count what is in the host's memory too, the second more than once.
+        peak=None if host else getattr(memory, "peak_memory_in_bytes", None),
+        allocated=None if host else getattr(memory, "total_allocation_bytes", None),
+        host=host,
         flops=None if flops is None or flops < 0 else float(flops),
         seconds=seconds,
         overlap=permute_overlap(compiled.as_text() or ""),

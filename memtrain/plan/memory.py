@@ -22,10 +22,11 @@ from memtrain.plan.sizes import Leaf, StateSizes, state_sizes
 
 _BATCH_BYTES_PER_TOKEN = 4 * 4 + 2  # four int32 or float32 leaves and two of bool
 
-_ARRAYS_OF_ROWS = 8
-"""Arrays of rows x value_dim in float32 that a table's update holds at once: the rows' gradients
-sorted and summed, the rows gathered, two moments of each, and what is scattered back. Counted in
-programs compiled for CPU: 6.6 (four devices of a data axis) to 8.3."""
+_ARRAYS_OF_ROWS, _ARRAYS_OF_A_BLOCK = 4, 4
+"""Arrays of rows x value_dim in float32 that a table's update holds at once: of all rows that were
+read, their gradients sorted and summed; of a block of them, the rows gathered, two moments of each,
+and what is scattered back. Counted in programs compiled for CPU: 6.6 (four devices of a data axis)
+to 8.3 where all rows are one block."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +78,8 @@ class _Step:
         # A table whose gradient is of the rows that were read has none of its own size.
         tables, tokens = self.state.tables, train.batch_size * train.seq_len
         self.by_rows = tables.by_rows_at(tokens)
-        self.row_update = _ARRAYS_OF_ROWS * sum(
-            min(tables.rows_read(leaf.name, tokens), tables.local_rows(leaf.name))
-            * (leaf.local // tables.local_rows(leaf.name) // jnp.dtype(leaf.dtype).itemsize)
-            * 4
+        self.row_update = sum(
+            self._row_update(leaf, tokens)
             for leaf in self.state.parameters
             if leaf.name in self.by_rows
         )
@@ -101,6 +100,13 @@ class _Step:
         self.activation *= jnp.dtype(config.dtypes.compute).itemsize
         self.layers = [leaf for leaf in self.state.parameters if leaf.name.startswith("blocks.")]
         self.others = [leaf for leaf in self.state.parameters if leaf not in self.layers]
+
+    def _row_update(self, table: Leaf, tokens: int) -> int:
+        tables = self.state.tables
+        rows = min(tables.rows_read(table.name, tokens), tables.local_rows(table.name))
+        width = table.local // tables.local_rows(table.name) // jnp.dtype(table.dtype).itemsize
+        block = min(rows, tables.adam.block_rows(width))
+        return 4 * width * (_ARRAYS_OF_ROWS * rows + _ARRAYS_OF_A_BLOCK * block)
 
     def estimate(self) -> MemoryEstimate:
         kept = self.repeats * sum(unit.kept for unit in self.units)

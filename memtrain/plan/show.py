@@ -117,6 +117,8 @@ def _compiled(result: dict[str, Any], shown: dict[str, Any]) -> None:
         f"the estimate is {found['estimate_over_compiler']:.0%} of it; "
         f"compiled in {found['seconds']:.0f} s"
     )
+    if found["host"]:
+        shown["compiler, host"] = f"{gib(found['host'])} of the host's memory, per device"
     permutes = found["permutes"]
     counts = [permutes[way] for way in ("forward", "backward")]
     if any(c["synchronous"] + c["asynchronous"] for c in counts):

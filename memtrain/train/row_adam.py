@@ -68,6 +68,10 @@ class RowAdam:
     block_numbers: int = 1 << 23
     """Of a table, updated at a time: 32 MiB in float32, and as much of either moment."""
 
+    def block_rows(self, width: int) -> int:
+        """Rows of so many numbers that are updated at a time."""
+        return max(1, self.block_numbers // width)
+
     def init(self, table: Float[Array, "N V"]) -> TableMoments:
         rows = table.shape[0]
         return TableMoments(
@@ -114,7 +118,7 @@ class RowAdam:
             moved = jax.lax.pmax(moved.astype(jnp.int32), shard.over_columns) > 0
         # Whatever does not move gets a target of its own outside: all are then unique.
         target = jnp.where(moved, ids, N + jax.lax.iota(jnp.int32, ids.size))
-        block = min(ids.size, max(1, self.block_numbers // table.shape[1]))
+        block = min(ids.size, self.block_rows(table.shape[1]))
 
         def of_block(i: Array | int, old: tuple[Array, TableMoments]) -> tuple[Array, TableMoments]:
             # The last block ends with the rows and begins among those that are done: not again.

@@ -22,6 +22,10 @@ SHAPES = {
         WIDE, rows=16, seq_len=256, dim=1024, repeats=3, mesh=MeshConfig(fsdp=8)
     ),
     "a large table, by rows": lambda: experiment(*LARGE_TABLE),
+    # 458,752 rows are read, and updated in blocks of 131,072.
+    "a large table, by rows, in blocks": lambda: experiment(
+        *LARGE_TABLE, rows=56, dim=64, repeats=1, remat="full"
+    ),
     "a large table, by rows, 4 replicas": lambda: experiment(
         *LARGE_TABLE, rows=8, mesh=MeshConfig(data=4)
     ),
