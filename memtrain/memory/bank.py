@@ -105,6 +105,11 @@ class Visible:
         distance = q_pos - kv_pos
         return (distance >= self.first) & (distance < self.last) & (kv_pos >= self.sinks)
 
+    def reaches(self, q_least: Array, q_most: Array, kv_least: Array, kv_most: Array) -> Array:
+        """Whether some query of these positions may look up some key of those."""
+        in_band = (q_most - kv_least >= self.first) & (q_least - kv_most < self.last)
+        return in_band & (kv_most >= self.sinks)
+
 
 @dataclass(frozen=True)
 class Trained:

@@ -13,6 +13,7 @@ from memory_oracles import bank as oracle
 
 from memtrain.description import BuildContext, Dtypes
 from memtrain.memory import BankMemory, BankMemoryConfig, Context
+from memtrain.memory.bank import Visible
 from memtrain.parallel.config import MeshConfig
 
 
@@ -232,3 +233,20 @@ def test_more_tokens_than_the_capacity_overflow():
     x = np.random.default_rng(6).normal(size=(1, 8, DIM)).astype(np.float32)
     _, state, _ = call(memory, jnp.asarray(x), memory.init_state(1, 7), Context.of_documents(1, 8))
     assert np.asarray(state["overflow"]).all()
+
+
+@pytest.mark.parametrize("mask", [Visible(4, 12), Visible(0, 5, sinks=3), Visible(2, 2**31 - 1, 1)])
+def test_what_a_mask_says_it_reaches_is_what_it_sees(mask):
+    rng = np.random.default_rng(2)
+    q_least, kv_least = rng.integers(0, 30, (2, 200)).astype(np.int32)
+    q_most, kv_most = (x + rng.integers(0, 6, 200).astype(np.int32) for x in (q_least, kv_least))
+    said = np.asarray(mask.reaches(*map(jnp.asarray, (q_least, q_most, kv_least, kv_most))))
+    seen = [
+        any(
+            q - kv in range(mask.first, mask.last) and kv >= mask.sinks
+            for q in range(q0, q1 + 1)
+            for kv in range(kv0, kv1 + 1)
+        )
+        for q0, q1, kv0, kv1 in zip(q_least, q_most, kv_least, kv_most, strict=True)
+    ]
+    assert not (np.array(seen) & ~said).any() and said.sum() < 1.1 * sum(seen) < 200

@@ -61,7 +61,9 @@ def memory_topk(
     scales: differentiating by those raises.
 
     block_queries, block_keys: tokens and keys of a tile of scores; None lets the device choose. A
-    tile whose queries and keys share no segment is skipped. Where the operands are sharded, call
+    tile whose queries and keys share no segment is skipped; so is one of which mask_fn, if it has a
+    method `reaches(q_least, q_most, kv_least, kv_most)` of int32 [N], says that no query at a
+    position of the one range sees a key at one of the other. Where the operands are sharded, call
     this, or `sharded_memory_topk`, inside `jax.shard_map`: under automatic sharding XLA gathers
     them.
     Raises ValueError for shapes, dtypes and values that do not fit.

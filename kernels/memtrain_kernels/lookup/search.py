@@ -44,6 +44,10 @@ class _Tile(NamedTuple):
 _TILE_CPU = _Tile(rows=64, keys=2**15, scores=2**21)
 # Enough scores to keep the device busy: 128 MiB at most.
 _TILE = _Tile(rows=1024, keys=2**17, scores=2**25)
+# Where a mask says which positions it reaches, of the keys that a call brings itself a query sees
+# those before it, or a band of these: so many blocks at least, and at most so many keys. Measured:
+# smaller ones are skipped more closely and cost more in merging than that saves.
+_BAND_BLOCKS, _BAND_KEYS = 4, 4096
 # However many batches and heads there are: with fewer rows of each, a tile is no matrix product.
 _MIN_ROWS, _MIN_KEYS = 16, 512
 
@@ -92,6 +96,8 @@ def make_plan(
     block_queries = min(block_queries, T)
     if block_keys is None:
         block_keys = tile.scores // (side_by_side * group * block_queries)
+        if _reaches(mask_fn) is not None and 2 * T >= S:
+            block_keys = min(block_keys, -(-S // _BAND_BLOCKS), _BAND_KEYS)
         block_keys = min(max(block_keys, _MIN_KEYS), tile.keys)
     by_lane = lanes > side_by_side
     return Plan(top_k, group, block_queries, min(block_keys, S), by_lane, sorts, mask_fn)
@@ -148,7 +154,7 @@ def _search(
 
             if queries.segments is None or block.segments is None:
                 return merged()
-            return lax.cond(_meet(queries.segments, block.segments), merged, lambda: running)
+            return lax.cond(_meet(plan, queries, block), merged, lambda: running)
 
         return lax.map(one, (blocks, running))
 
@@ -212,13 +218,30 @@ def _visible(plan: Plan, queries: Queries, block: Block) -> jax.Array | None:
     return seen
 
 
-def _meet(q_seg: jax.Array, kv_seg: jax.Array) -> jax.Array:
-    """Whether some row of the batch may have a query and a key of one segment: bool."""
-    most = jnp.iinfo(jnp.int32).max
-    q_least = jnp.min(jnp.where(q_seg < 0, most, q_seg), axis=-1)
-    kv_least = jnp.min(jnp.where(kv_seg < 0, most, kv_seg), axis=-1)
-    q_most, kv_most = jnp.max(q_seg, axis=-1), jnp.max(kv_seg, axis=-1)
-    return jnp.any((q_least <= kv_most) & (kv_least <= q_most))
+def _meet(plan: Plan, queries: Queries, block: Block) -> jax.Array:
+    """Whether some row of the batch may have a query that sees a key, by segments and by the
+    positions that the mask says it reaches: bool."""
+    assert queries.segments is not None and block.segments is not None
+    q_is, kv_is = queries.segments >= 0, block.segments >= 0
+    q_least, q_most = _range(queries.segments, q_is)
+    kv_least, kv_most = _range(block.segments, kv_is)
+    may = (q_least <= kv_most) & (kv_least <= q_most)
+    reaches = _reaches(plan.mask_fn)
+    if reaches is not None:
+        assert queries.positions is not None and block.positions is not None
+        may &= reaches(*_range(queries.positions, q_is), *_range(block.positions, kv_is))
+    return jnp.any(may)
+
+
+def _range(x_NT: jax.Array, counts_NT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Least and greatest of those that count, [N]: the wrong way round where none does."""
+    limits = jnp.iinfo(jnp.int32)
+    least = jnp.min(jnp.where(counts_NT, x_NT, limits.max), axis=-1)
+    return least, jnp.max(jnp.where(counts_NT, x_NT, limits.min), axis=-1)
+
+
+def _reaches(mask_fn: MaskFn | None) -> Callable[..., jax.Array] | None:
+    return getattr(mask_fn, "reaches", None)
 
 
 def _merge(plan: Plan, running: Running, s_NKRC: jax.Array, start: int | jax.Array) -> Running:

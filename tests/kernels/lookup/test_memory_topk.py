@@ -295,6 +295,63 @@ def test_blocks_whose_segments_do_not_meet_are_skipped(monkeypatch):
     assert order[np.asarray(indices)].tolist() == [[8, 9], [8, 9]]
 
 
+@dataclass(frozen=True)
+class Band:
+    """Keys at distances 3 .. 9, from position 2 on; says what it reaches, or not."""
+
+    def __call__(self, q_pos, kv_pos, q_seg, kv_seg):
+        return (q_pos - kv_pos >= 3) & (q_pos - kv_pos < 10) & (kv_pos >= 2)
+
+
+@dataclass(frozen=True)
+class KnownBand(Band):
+    def reaches(self, q_least, q_most, kv_least, kv_most):
+        return (q_most - kv_least >= 3) & (q_least - kv_most < 10) & (kv_most >= 2)
+
+
+def test_blocks_that_the_mask_does_not_reach_are_skipped_and_nothing_else(monkeypatch):
+    """One document, and two packed in a row, with holes and with the keys shuffled."""
+    calls = []
+    products = search._products
+    monkeypatch.setattr(
+        search,
+        "_products",
+        lambda q, k: (jax.debug.callback(lambda: calls.append(1)), products(q, k))[1],
+    )
+    rng = np.random.default_rng(5)
+    T = 64
+    positions = np.array([np.arange(T), [*range(24), *range(40)]], np.int32)
+    segments = np.array([[0] * T, [3] * 24 + [4] * 40], np.int32)
+    segments[:, 10:13] = segments[0, 60:] = -1
+    order = np.array([np.arange(T), rng.permutation(T)])
+    at = lambda x: np.take_along_axis(x, order, axis=1)  # noqa: E731
+    q = jnp.asarray(rng.normal(size=(2, T, 2, 4)), jnp.float32)
+    keys = jnp.asarray(rng.normal(size=(2, T, 1, 4)), jnp.float32)
+    found, tiles = [], []
+    for mask in (Band(), KnownBand()):
+        found.append(
+            memory_topk(
+                q,
+                keys,
+                4,
+                q_positions=positions,
+                q_segments=segments,
+                kv_positions=at(positions),
+                kv_segments=at(segments),
+                mask_fn=mask,
+                block_queries=8,
+                block_keys=8,
+            )
+        )
+        jax.effects_barrier()
+        tiles.append(len(calls))
+        calls.clear()
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    # Of a row's 8 x 8 tiles a block of queries reaches its own keys and two blocks before them.
+    assert tiles[1] <= 2 * (1 + 2 + 6 * 3) < 0.5 * tiles[0]
+
+
 def test_the_scores_of_all_keys_are_never_held():
     q = jax.ShapeDtypeStruct((256, 16), jnp.float32)
     keys = jax.ShapeDtypeStruct((2**18, 16), jnp.float32)
