@@ -269,15 +269,20 @@ def test_a_nan_counts_as_the_greatest_where_it_is_seen_and_not_at_all_where_it_i
     assert scores.tolist() == [[np.inf, 4.0, 2.0]]
 
 
-def test_blocks_whose_segments_do_not_meet_are_skipped(monkeypatch):
-    """A skipped block runs nothing: its scores are never asked for."""
-    calls = []
-    products = search._products
+@pytest.fixture
+def tiles_run(monkeypatch):
+    """One entry for each tile whose scores are asked for, as it runs."""
+    calls, products = [], search._products
     monkeypatch.setattr(
         search,
         "_products",
         lambda q, k: (jax.debug.callback(lambda: calls.append(1)), products(q, k))[1],
     )
+    return calls
+
+
+def test_blocks_whose_segments_do_not_meet_are_skipped(tiles_run):
+    """A skipped block runs nothing: its scores are never asked for."""
     segments = np.repeat([0, 1, 2, -1], 8)  # shuffled, and put in order by the positions
     order = np.random.default_rng(0).permutation(32)
     q, keys = jnp.ones((2, 3)), jnp.ones((32, 3))
@@ -291,7 +296,7 @@ def test_blocks_whose_segments_do_not_meet_are_skipped(monkeypatch):
         block_keys=8,
     )
     jax.effects_barrier()
-    assert len(calls) == 1
+    assert len(tiles_run) == 1
     assert order[np.asarray(indices)].tolist() == [[8, 9], [8, 9]]
 
 
@@ -309,15 +314,8 @@ class KnownBand(Band):
         return (q_most - kv_least >= 3) & (q_least - kv_most < 10) & (kv_most >= 2)
 
 
-def test_blocks_that_the_mask_does_not_reach_are_skipped_and_nothing_else(monkeypatch):
+def test_blocks_that_the_mask_does_not_reach_are_skipped_and_nothing_else(tiles_run):
     """One document, and two packed in a row, with holes and with the keys shuffled."""
-    calls = []
-    products = search._products
-    monkeypatch.setattr(
-        search,
-        "_products",
-        lambda q, k: (jax.debug.callback(lambda: calls.append(1)), products(q, k))[1],
-    )
     rng = np.random.default_rng(5)
     T = 64
     positions = np.array([np.arange(T), [*range(24), *range(40)]], np.int32)
@@ -344,8 +342,8 @@ def test_blocks_that_the_mask_does_not_reach_are_skipped_and_nothing_else(monkey
             )
         )
         jax.effects_barrier()
-        tiles.append(len(calls))
-        calls.clear()
+        tiles.append(len(tiles_run))
+        tiles_run.clear()
     for ours, theirs in zip(*found, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     # Of a row's 8 x 8 tiles a block of queries reaches its own keys and two blocks before them.
