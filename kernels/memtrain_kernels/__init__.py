@@ -1,4 +1,4 @@
-"""Array kernels for models that remember: attention, decoding, lookup. Depends on jax alone."""
+"""Array kernels for models that remember. Depends on jax alone."""
 
 from memtrain_kernels.attention import (
     BACKENDS,
@@ -36,6 +36,7 @@ from memtrain_kernels.lookup import (
     weighted_gather_row_gradients,
 )
 from memtrain_kernels.partition import partitioned
+from memtrain_kernels.scan import DeltaTransition, gated_delta, gated_delta_transition
 from memtrain_kernels.target import compiling_for
 
 
@@ -43,6 +44,7 @@ __all__ = [
     "BACKENDS",
     "NO_ROW",
     "AttentionSpec",
+    "DeltaTransition",
     "Explanation",
     "GatherCost",
     "KeyedValues",
@@ -55,6 +57,8 @@ __all__ = [
     "compiling_for",
     "context_attention",
     "explain",
+    "gated_delta",
+    "gated_delta_transition",
     "gather_costs",
     "is_on_host",
     "last_backend",

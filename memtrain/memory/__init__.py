@@ -4,6 +4,8 @@ from memtrain.memory.attention import Attention as Attention
 from memtrain.memory.attention import AttentionConfig as AttentionConfig
 from memtrain.memory.bank import BankMemory as BankMemory
 from memtrain.memory.bank import BankMemoryConfig as BankMemoryConfig
+from memtrain.memory.gated_delta import GatedDelta as GatedDelta
+from memtrain.memory.gated_delta import GatedDeltaConfig as GatedDeltaConfig
 from memtrain.memory.linear_recurrence import LinearRecurrence as LinearRecurrence
 from memtrain.memory.linear_recurrence import LinearRecurrenceConfig as LinearRecurrenceConfig
 from memtrain.memory.ngram import NGramMemory as NGramMemory

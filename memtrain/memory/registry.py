@@ -14,6 +14,7 @@ from flax import nnx
 from memtrain.description import BuildContext, Dtypes, LayerDescription
 from memtrain.memory.attention import AttentionConfig
 from memtrain.memory.bank import BankMemoryConfig
+from memtrain.memory.gated_delta import GatedDeltaConfig
 from memtrain.memory.linear_recurrence import LinearRecurrenceConfig
 from memtrain.memory.ngram import NGramMemory, NGramMemoryConfig
 from memtrain.memory.product_key import ProductKeyMemoryConfig
@@ -87,6 +88,19 @@ register(
     ProductKeyMemoryConfig(num_slots=64, num_heads=2, top_k=3, key_dim=8, value_dim=12),
 )
 register("short_conv", ShortConvConfig(size=4))
+register("gated_delta", GatedDeltaConfig(num_heads=2, num_key_heads=1, head_dim=8, value_dim=12))
+register(
+    "gated_delta_channel",
+    GatedDeltaConfig(
+        num_heads=2, head_dim=8, decay="channel", erase="channel", write="channel", negative=True
+    ),
+)
+register(
+    "gated_linear_attention",
+    GatedDeltaConfig(
+        num_heads=2, head_dim=8, decay="channel", erase=None, write=None, conv=None, gate=None
+    ),
+)
 register("linear_recurrence", LinearRecurrenceConfig(state_dim=12, min_decay=0.2, max_decay=0.95))
 
 

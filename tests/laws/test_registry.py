@@ -10,7 +10,13 @@ from memtrain.memory import REGISTRY, ProductKeyMemory
 from memtrain.testing import LAWS, check_laws
 
 
-TRANSITIONS = {"linear_recurrence", "short_conv"}
+TRANSITIONS = {
+    "gated_delta",
+    "gated_delta_channel",
+    "gated_linear_attention",
+    "linear_recurrence",
+    "short_conv",
+}
 
 
 # One call for all laws: they share programs, and compiling those is what it costs.
