@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 _BLOCK = 16
@@ -35,11 +35,16 @@ def _inverse(a: Array) -> Array:
 def _substituted(a: Array) -> Array:
     size = a.shape[-1]
     identity = jnp.broadcast_to(jnp.eye(size, dtype=a.dtype), a.shape)
-    rows = [identity[..., 0, :]]
-    for i in range(1, size):
-        known = jnp.stack(rows, axis=-2)
-        rows.append(identity[..., i, :] - jnp.sum(a[..., i, :i, None] * known, axis=-2))
-    return jnp.stack(rows, axis=-2)
+
+    def row(i: Array, found: Array) -> Array:
+        # Rows that are not known yet meet zeros of `a`.
+        below = lax.dynamic_index_in_dim(a, i, axis=-2, keepdims=False)
+        known = jnp.sum(below[..., None] * found, axis=-2, keepdims=True)
+        unit = lax.dynamic_slice_in_dim(identity, i, 1, axis=-2)
+        return lax.dynamic_update_slice_in_dim(found, unit - known, i, axis=-2)
+
+    # A loop: written out, it is most of what a whole layer takes to compile.
+    return lax.fori_loop(1, size, row, identity)
 
 
 def _product(a: Array, b: Array) -> Array:
