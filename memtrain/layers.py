@@ -9,6 +9,7 @@ from memtrain.memory.attention import AttentionConfig as Attention
 from memtrain.memory.bank import BankMemoryConfig as BankMemory
 from memtrain.memory.gated_delta import GatedDeltaConfig as GatedDelta
 from memtrain.memory.linear_recurrence import LinearRecurrenceConfig as LinearRecurrence
+from memtrain.memory.mamba2 import Mamba2Config as Mamba2
 from memtrain.memory.ngram import NGramMemoryConfig as NGramMemory
 from memtrain.memory.product_key import ProductKeyMemoryConfig as ProductKeyMemory
 from memtrain.memory.short_conv import ShortConvConfig as ShortConv
@@ -30,28 +31,29 @@ def GatedDeltaNet(**more) -> GatedDelta:
 
 def KimiDelta(**more) -> GatedDelta:
     """Kimi Delta Attention (arXiv 2510.26692): Gated DeltaNet with a decay for every channel."""
-    return GatedDelta(**{"decay": "channel", "gate": "sigmoid"} | more)
+    return GatedDelta(decay="channel", gate="sigmoid", **more)
 
 
 def DeltaNet(**more) -> GatedDelta:
     """DeltaNet (arXiv 2406.06484): nothing decays, and the output has no gate."""
-    return GatedDelta(**{"decay": None, "gate": None} | more)
+    return GatedDelta(decay=None, gate=None, **more)
 
 
 def GatedDeltaNet2(**more) -> GatedDelta:
     """Gated DeltaNet 2 (arXiv 2605.22791): decay, erasing and writing by channel."""
-    return GatedDelta(**{"decay": "channel", "erase": "channel", "write": "channel"} | more)
+    return GatedDelta(decay="channel", erase="channel", write="channel", **more)
 
 
 def GatedLinearAttention(**more) -> GatedDelta:
     """Gated linear attention (arXiv 2312.06635): a decay for every channel, and nothing erased."""
-    return GatedDelta(**{"decay": "channel", "erase": None, "write": None, "conv": None} | more)
+    return GatedDelta(decay="channel", erase=None, write=None, conv=None, **more)
 
 
 register(Attention, "Attention")
 register(BankMemory, "BankMemory")
 register(GatedDelta, "GatedDelta")
 register(LinearRecurrence, "LinearRecurrence")
+register(Mamba2, "Mamba2")
 register(NGramMemory, "NGramMemory")
 register(ProductKeyMemory, "ProductKeyMemory")
 register(ShortConv, "ShortConv")

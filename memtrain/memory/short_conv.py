@@ -1,6 +1,6 @@
 """ShortConv: every channel mixes its own last few values, inside a document.
 
-    y[t] = sum over i < size of w[i] * x[t - i]
+    y[t] = sum over i < size of w[i] * x[t - i], and a bias if asked
 
 A depthwise causal convolution. In front of attention it lets a key know the tokens before its own,
 so that one layer can find what followed them; without it, that takes two (Olsson et al. 2022, on
@@ -40,6 +40,8 @@ class ShortConvConfig(LayerDescription):
     """Tokens that are mixed, the current one included."""
     shift: bool = False
     """Start as a shift by one token; as a random mix otherwise."""
+    bias: bool = False
+    """A number of its own is added to every channel; it begins as zero."""
 
     def __post_init__(self):
         at_least(self, "", {"size": 2})
@@ -60,7 +62,7 @@ class ShortConv(Memory):
         context: BuildContext,
         *,
         rngs: nnx.Rngs,
-        axis: str = "embed",
+        axis: str | None = "embed",
     ):
         """`axis`: logical axis of the channels."""
         self.size, self.dim, self.dtypes = config.size, context.dim, context.dtypes
@@ -73,6 +75,10 @@ class ShortConv(Memory):
                 rngs.params(), (config.size, context.dim), jnp.float32, -bound, bound
             )
         self.taps = nnx.Param(taps.astype(context.dtypes.params), logical_axes=(None, axis))
+        if config.bias:
+            zeros = jnp.zeros((context.dim,), context.dtypes.params)
+            self.bias = nnx.Param(zeros, logical_axes=(axis,))
+        self.has_bias = config.bias
 
     def state_spec(self, batch: int, capacity: int) -> dict[str, LeafSpec]:
         before = self.size - 1
@@ -120,6 +126,8 @@ class ShortConv(Memory):
         before, T = self.size - 1, x.shape[1]
         taps = self.taps[...].astype(x.dtype)
         y = x * taps[0]
+        if self.has_bias:
+            y = y + self.bias[...].astype(x.dtype)
         for i in range(1, self.size):
             at = slice(before - i, before - i + T)
             same = (owners[:, at] == documents)[..., None]

@@ -13,8 +13,8 @@ from memtrain.testing import LAWS, check_laws
 TRANSITIONS = {
     "gated_delta",
     "gated_delta_channel",
-    "gated_linear_attention",
     "linear_recurrence",
+    "mamba2",
     "short_conv",
 }
 

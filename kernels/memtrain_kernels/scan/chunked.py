@@ -18,7 +18,7 @@ from memtrain_kernels.scan.chunks import Chunks, chunks_of
 
 
 CHUNK = 64
-SEGMENT = 2048
+SEGMENT = 4096
 """Tokens."""
 
 
