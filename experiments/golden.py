@@ -1,6 +1,6 @@
 """The golden path: every part of memtrain in one small run. `tests/golden` holds it to its word.
 
-A window, a short convolution, a bank, full attention with convolved keys and a product-key memory
+A window, a gated delta rule, a bank, full attention with convolved keys and a product-key memory
 whose table two layers share, on a mesh of all axes but one; it is killed, resumes on another mesh,
 is exported, decodes from its cache and is evaluated. It grows with every kind of memory built.
 """
@@ -11,9 +11,9 @@ from memtrain.layers import (
     Attention,
     BankMemory,
     Block,
+    GatedDelta,
     ModelConfig,
     ProductKeyMemory,
-    ShortConv,
     Window,
 )
 from memtrain.parallel.config import MeshConfig
@@ -28,7 +28,7 @@ def recipe() -> Experiment:
             dim=64,
             pattern=(
                 Window(16, num_heads=4, num_kv_heads=2, sink_tokens=2),
-                Block(mixer=ShortConv(3)),
+                Block(mixer=GatedDelta(num_heads=2, head_dim=16)),
                 BankMemory(num_heads=4, num_kv_heads=2, window=8, bank_size=24, top_k=4),
                 Block(
                     mixer=Attention(num_heads=4, num_kv_heads=2, key_conv=2, induction_init=True),

@@ -5,8 +5,9 @@
     memtrain train experiments/golden_ablation.py --run-dir runs/golden-whole
     memtrain evaluate runs/golden-whole --task recall --without bank
 
-The golden path's model (a window, a short convolution, a bank, full attention and a product-key
-memory, twice) is trained for longer than the path takes. Each of its memories is then left out in
+The golden path's model (a window, a bank, full attention and a product-key memory, twice; a short
+convolution stands where the path has its recurrent memory) is trained for longer than the path
+takes. Each of its memories is then left out in
 two ways: switched off in the model that was trained with it, which shows what that model relies on;
 and left out of a model that is trained without it, which shows what the others make up for. The
 feed-forward layers stay. Two tasks are mixed into the text, facts told and asked for and passages
@@ -22,6 +23,7 @@ import golden
 
 from memtrain.config import Experiment, override
 from memtrain.description import LayerDescription
+from memtrain.layers import GatedDelta, ShortConv
 from memtrain.parallel.config import MeshConfig
 from memtrain.recipe import with_layers
 
@@ -53,7 +55,12 @@ def whole() -> Experiment:
             "optimizer.warmup_steps=50",
         ],
     )
-    return dataclasses.replace(base, name="golden-whole", mesh=MeshConfig())
+
+    def change(layer: LayerDescription) -> LayerDescription:
+        return ShortConv(3) if isinstance(layer, GatedDelta) else layer
+
+    base = dataclasses.replace(base, mesh=MeshConfig())
+    return with_layers(base, change, name="golden-whole")
 
 
 def without(memory: str) -> Experiment:

@@ -7,7 +7,7 @@ its module with `build`. Imports no JAX, so that configurations can be read anyw
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 
 if TYPE_CHECKING:
@@ -80,6 +80,9 @@ class TableSpec:
 @dataclass(frozen=True)
 class LayerDescription:
     """Base of everything that can stand in a block's mixer or feed-forward place."""
+
+    split: ClassVar[tuple[str, ...]] = ()
+    """Fields that count what a mesh's tensor axis splits: heads, hidden units."""
 
     def build(self, context: BuildContext, *, rngs: nnx.Rngs) -> Any:
         """The module: a `memtrain.memory.Memory`, or any callable module of `[B, T, D]`."""

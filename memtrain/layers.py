@@ -9,6 +9,7 @@ from memtrain.memory.attention import AttentionConfig as Attention
 from memtrain.memory.bank import BankMemoryConfig as BankMemory
 from memtrain.memory.gated_delta import GatedDeltaConfig as GatedDelta
 from memtrain.memory.linear_recurrence import LinearRecurrenceConfig as LinearRecurrence
+from memtrain.memory.mamba1 import Mamba1Config as Mamba1
 from memtrain.memory.mamba2 import Mamba2Config as Mamba2
 from memtrain.memory.ngram import NGramMemoryConfig as NGramMemory
 from memtrain.memory.product_key import ProductKeyMemoryConfig as ProductKeyMemory
@@ -53,6 +54,7 @@ register(Attention, "Attention")
 register(BankMemory, "BankMemory")
 register(GatedDelta, "GatedDelta")
 register(LinearRecurrence, "LinearRecurrence")
+register(Mamba1, "Mamba1")
 register(Mamba2, "Mamba2")
 register(NGramMemory, "NGramMemory")
 register(ProductKeyMemory, "ProductKeyMemory")

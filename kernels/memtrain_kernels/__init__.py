@@ -36,7 +36,14 @@ from memtrain_kernels.lookup import (
     weighted_gather_row_gradients,
 )
 from memtrain_kernels.partition import partitioned
-from memtrain_kernels.scan import DeltaTransition, gated_delta, gated_delta_transition
+from memtrain_kernels.scan import (
+    DeltaTransition,
+    SelectiveTransition,
+    gated_delta,
+    gated_delta_transition,
+    selective_scan,
+    selective_transition,
+)
 from memtrain_kernels.target import compiling_for
 
 
@@ -50,6 +57,7 @@ __all__ = [
     "KeyedValues",
     "Layout",
     "RowGradients",
+    "SelectiveTransition",
     "TopKAttention",
     "attention",
     "backend_counts",
@@ -75,6 +83,8 @@ __all__ = [
     "resolve_backend",
     "rows_of",
     "run_on_host",
+    "selective_scan",
+    "selective_transition",
     "sharded_memory_topk",
     "sharded_weighted_gather",
     "tables_over",

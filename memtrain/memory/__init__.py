@@ -8,6 +8,8 @@ from memtrain.memory.gated_delta import GatedDelta as GatedDelta
 from memtrain.memory.gated_delta import GatedDeltaConfig as GatedDeltaConfig
 from memtrain.memory.linear_recurrence import LinearRecurrence as LinearRecurrence
 from memtrain.memory.linear_recurrence import LinearRecurrenceConfig as LinearRecurrenceConfig
+from memtrain.memory.mamba1 import Mamba1 as Mamba1
+from memtrain.memory.mamba1 import Mamba1Config as Mamba1Config
 from memtrain.memory.mamba2 import Mamba2 as Mamba2
 from memtrain.memory.mamba2 import Mamba2Config as Mamba2Config
 from memtrain.memory.ngram import NGramMemory as NGramMemory

@@ -39,6 +39,8 @@ from memtrain_kernels.context import ulysses_degree
 class AttentionConfig(LayerDescription):
     """Description of `Attention`."""
 
+    split = ("num_heads", "num_kv_heads")
+
     num_heads: int = 4
     num_kv_heads: int | None = None
     """Fewer than `num_heads` shares each key-value head among several queries (GQA; 1 is MQA)."""

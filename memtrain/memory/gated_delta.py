@@ -36,6 +36,8 @@ from memtrain.memory.short_conv import ShortConvConfig
 class GatedDeltaConfig(LayerDescription):
     """Description of `GatedDelta`; as it stands, Gated DeltaNet."""
 
+    split = ("num_heads", "num_key_heads")
+
     num_heads: int = 4
     """Matrices, each with decay, erasing and writing of its own."""
     num_key_heads: int | None = None
@@ -112,9 +114,9 @@ class GatedDelta(MatrixMemory):
             numbers = H if config.decay == "head" else H * K
             self.step_bias, self.log_rate = draw_decay(numbers, H, context.dtypes.params, rngs)
         if config.erase is not None:
-            self.erase = into(H if config.erase == "head" else H * K)
+            self.erase_gate = into(H if config.erase == "head" else H * K)
         if config.write in ("head", "channel"):
-            self.write = into(H if config.write == "head" else H * V)
+            self.write_gate = into(H if config.write == "head" else H * V)
         if config.gate is not None:
             self.gate = into(H * V)
         self.norm = RMSNorm(V, dtypes=context.dtypes)
@@ -128,11 +130,11 @@ class GatedDelta(MatrixMemory):
         control: dict[str, Any] = {"log_decay": self._log_decay(x)}
         if config.erase is not None:
             most = 2 if config.negative else 1
-            control["erase"] = most * self._share(self.erase(x), config.erase)
+            control["erase"] = most * self._share(self.erase_gate(x), config.erase)
         if config.write == "tied":
             control["write"] = control["erase"]
         elif config.write is not None:
-            control["write"] = self._share(self.write(x), config.write)
+            control["write"] = self._share(self.write_gate(x), config.write)
         return control
 
     def _share(self, a: Array, of: str) -> Array:

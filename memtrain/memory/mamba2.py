@@ -65,6 +65,8 @@ class Mamba2Config(LayerDescription):
 class Mamba2(MatrixMemory):
     """State space duality."""
 
+    query_scale = 1.0
+
     def __init__(self, config: Mamba2Config, context: BuildContext, *, rngs: nnx.Rngs):
         shape, dtypes = config.shape(context.dim), context.dtypes
         super().__init__(shape, ShortConvConfig(config.conv, bias=True), context, rngs=rngs)
@@ -85,7 +87,7 @@ class Mamba2(MatrixMemory):
         a = self.step(x).astype(jnp.float32)
         step = jax.nn.softplus(a + self.step_bias[...].astype(jnp.float32))
         rate = jnp.exp(self.log_rate[...].astype(jnp.float32))
-        return {"log_decay": -rate * step, "write": step, "scale": 1.0}
+        return {"log_decay": -rate * step, "write": step}
 
     def _output(
         self, x: Float[Array, "B T D"], out: Float[Array, "B T H V"], value: Array

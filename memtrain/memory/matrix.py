@@ -53,6 +53,9 @@ class MatrixMemory(Memory):
 
     any_layout = True
 
+    query_scale: float | None = None
+    """Queries are scaled by key_dim^-0.5 unless given."""
+
     query: Linear
     key: Linear
     value: Linear
@@ -112,7 +115,8 @@ class MatrixMemory(Memory):
         if ctx.layout.devices > 1:
             return over_stretches(self, x, state, ctx, begin=self._begin, end=self._end)
         inputs, tails = self._inputs(x, state, ctx)
-        out, matrix = gated_delta(**inputs, state=None if state is None else state["matrix"])
+        matrix = None if state is None else state["matrix"]
+        out, matrix = gated_delta(**inputs, state=matrix, scale=self.query_scale)
         y, aux = self._output(x, out, inputs["value"]), self._aux(inputs, ctx)
         return y, None if state is None else {"matrix": matrix, **tails}, aux
 
@@ -126,7 +130,7 @@ class MatrixMemory(Memory):
         self, x: Float[Array, "B T D"], ctx: Context, before: State | None
     ) -> tuple[Transition, tuple[Array, dict[str, Any], Aux]]:
         inputs, _ = self._inputs(x, before, ctx)
-        run = {n: value for n, value in inputs.items() if n not in ("query", "scale")}
+        run = {n: value for n, value in inputs.items() if n != "query"}
         tails = {
             name: run_tail(getattr(self, name.removesuffix("_conv"))(x), ctx, conv.size - 1)
             for name, conv in self._convs().items()
@@ -138,7 +142,7 @@ class MatrixMemory(Memory):
         self, work: tuple[Array, dict[str, Any], Aux], state: State
     ) -> tuple[Float[Array, "B T D"], Aux]:
         x, inputs, aux = work
-        out, _ = gated_delta(**inputs, state=state["matrix"])
+        out, _ = gated_delta(**inputs, state=state["matrix"], scale=self.query_scale)
         return self._output(x, out, inputs["value"]), aux
 
     def _inputs(
@@ -196,7 +200,7 @@ LEAST_RATE, MOST_RATE = 1.0, 16.0
 
 
 def draw_decay(
-    steps: int, rates: int, dtype: DTypeLike, rngs: nnx.Rngs
+    steps: int, rates: int, dtype: DTypeLike, rngs: nnx.Rngs, *, axis: str = "heads"
 ) -> tuple[nnx.Param, nnx.Param]:
     """(step_bias [steps], log_rate [rates]) of log decays -exp(log_rate) softplus(a + step_bias).
 
@@ -206,6 +210,6 @@ def draw_decay(
     low, high = math.log(LEAST_STEP), math.log(MOST_STEP)
     step = jnp.exp(jax.random.uniform(rngs.params(), (steps,), minval=low, maxval=high))
     rate = jax.random.uniform(rngs.params(), (rates,), minval=LEAST_RATE, maxval=MOST_RATE)
-    param = lambda x: nnx.Param(x.astype(dtype), logical_axes=("heads",))  # noqa: E731
+    param = lambda x: nnx.Param(x.astype(dtype), logical_axes=(axis,))  # noqa: E731
     softplus_undone = step + jnp.log(-jnp.expm1(-step))
     return param(softplus_undone), param(jnp.log(rate))

@@ -38,6 +38,8 @@ _LEAST_SCORE = 1e-6
 class NGramMemoryConfig(LayerDescription):
     """Description of `NGramMemory`."""
 
+    split = ("num_heads",)
+
     num_slots: int = 65_536
     """Rows for each order and head: each gets a prime number of them, the next from here on."""
     orders: tuple[int, ...] = (2, 3)

@@ -30,6 +30,8 @@ from memtrain_kernels import partitioned_product_key_lookup
 class ProductKeyMemoryConfig(LayerDescription):
     """Description of `ProductKeyMemory`."""
 
+    split = ("num_heads", "value_dim")
+
     num_slots: int = 16_384
     """Rows of the value table: a square number."""
     num_heads: int = 4

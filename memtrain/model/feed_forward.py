@@ -16,6 +16,8 @@ from memtrain.memory.primitives import Linear
 class SwiGLUConfig(LayerDescription):
     """Description of `SwiGLU`."""
 
+    split = ("hidden",)
+
     hidden: int | None = None
     """Hidden units; 8/3 of the width, rounded up to a multiple of 64, unless given."""
 

@@ -13,6 +13,9 @@ from flax import nnx
 
 from memtrain.memory.attention import Attention
 from memtrain.memory.bank import BankMemory
+from memtrain.memory.gated_delta import GatedDelta
+from memtrain.memory.mamba1 import Mamba1
+from memtrain.memory.matrix import MatrixMemory
 from memtrain.memory.ngram import NGramMemory
 from memtrain.memory.product_key import ProductKeyMemory
 from memtrain.model.language_model import LanguageModel
@@ -31,7 +34,8 @@ class Flops:
     attention: float
     """Scores and weighted values."""
     memory: float
-    """Scores and weighted values of key-value tables, n-grams and banks."""
+    """Scores and weighted values of key-value tables, n-grams and banks; states that are matrices,
+    as single tokens read and write them."""
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(
@@ -86,6 +90,13 @@ def layer_flops(layer: nnx.Module, seq_len: int) -> Flops:
         # Rows as they are read; one score and one gated value, of the model's width.
         rows = 2.0 * layer.config.hashing.num_parts * layer.config.head_dim
         memory = (rows + 4.0 * layer.key.weight.shape[-1]) * repeats
+    elif isinstance(layer, MatrixMemory):
+        # Token by token: what is read and written, and what is erased first.
+        shape = layer.shape
+        passes = 2 + (isinstance(layer, GatedDelta) and layer.config.erase is not None)
+        memory = 2.0 * passes * shape.num_heads * shape.key_dim * shape.value_dim * repeats
+    elif isinstance(layer, Mamba1):
+        memory = 4.0 * layer.inner * layer.config.state_dim * repeats
     return Flops(matmul, attention, memory)
 
 

@@ -30,7 +30,6 @@ from memtrain.model.repeats import _rematerialised
 
 # Rows longer than this are counted from two shorter ones: residuals are affine in the tokens.
 _LONGEST_TRACE = 4096
-_SHARED_OUT = ("num_heads", "num_kv_heads", "hidden", "value_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +117,8 @@ def _share_of_layer(layer: LayerDescription, tensor: int) -> LayerDescription:
     if hasattr(layer, "backend"):  # The kernel of another machine cannot be traced here.
         changes["backend"] = None
     if tensor > 1:
-        for name in _SHARED_OUT:
-            size = getattr(layer, name, None)
+        for name in layer.split:
+            size = getattr(layer, name)
             if isinstance(size, int) and size % tensor == 0:
                 changes[name] = size // tensor
     return dataclasses.replace(layer, **changes) if changes else layer

@@ -80,6 +80,29 @@ def bank(x, p, *, heads, kv_heads, window, size, top_k):
     return out.reshape(T, -1) @ p["output.weight"]
 
 
+def delta(x, p, *, heads):
+    """Gated DeltaNet, token by token."""
+    T = len(x)
+    parts = (
+        silu(convolve(x @ p[f"{name}.weight"], p[f"{name}_conv.taps"])).reshape(T, heads, -1)
+        for name in ("query", "key", "value")
+    )
+    query, key, value = parts
+    query, key = (a / np.sqrt(np.sum(a * a, axis=-1, keepdims=True) + 1e-6) for a in (query, key))
+    step = np.logaddexp(0, x @ p["decay.weight"] + p["step_bias"])
+    decay = np.exp(-np.exp(p["log_rate"]) * step)
+    share = 1 / (1 + np.exp(-(x @ p["erase_gate.weight"])))
+    out = np.zeros_like(value)
+    for h in range(heads):
+        S = np.zeros((key.shape[-1], value.shape[-1]))
+        for t in range(T):
+            S *= decay[t, h]
+            S += np.outer(key[t, h], share[t, h] * (value[t, h] - key[t, h] @ S))
+            out[t, h] = query[t, h] @ S / np.sqrt(key.shape[-1])
+    y = rms(out, p["norm.scale"]).reshape(T, -1) * silu(x @ p["gate.weight"])
+    return y @ p["output.weight"]
+
+
 def swiglu(x, p):
     return (silu(x @ p["gate.weight"]) * (x @ p["input.weight"])) @ p["output.weight"]
 
@@ -101,8 +124,8 @@ def product_key(x, p, table, *, top_k):
     return (y * silu(x @ p["gate.weight"])) @ p["output.weight"]
 
 
-def logits(weights, tokens, *, depth, heads, kv_heads, window, sinks, top_k, banked):
-    """[T, V]. In turn: windowed attention and SwiGLU; a convolution; a bank and SwiGLU; full
+def logits(weights, tokens, *, depth, heads, kv_heads, window, sinks, top_k, banked, delta_heads):
+    """[T, V]. In turn: windowed attention and SwiGLU; the gated delta rule; a bank and SwiGLU; full
     attention and the table."""
     w = {name: np.asarray(a, np.float64) for name, a in weights.items()}
     under = lambda prefix: {  # noqa: E731
@@ -110,11 +133,11 @@ def logits(weights, tokens, *, depth, heads, kv_heads, window, sinks, top_k, ban
     }
     x = w["embedding"][tokens] * np.sqrt(w["embedding"].shape[1])
     for i in range(depth):
-        kind = ("window", "convolution", "bank", "table")[i % 4]
+        kind = ("window", "delta", "bank", "table")[i % 4]
         mixer, ffn = under(f"layers.{i}.mixer."), under(f"layers.{i}.ffn.")
         h = rms(x, w[f"layers.{i}.mixer_norm.scale"])
-        if kind == "convolution":
-            x = x + convolve(h, mixer["taps"])
+        if kind == "delta":
+            x = x + delta(h, mixer, heads=delta_heads)
             continue
         more = {"window": window, "sinks": sinks} if kind == "window" else {}
         if kind == "bank":

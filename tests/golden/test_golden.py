@@ -108,7 +108,7 @@ def test_every_memory_learns(golden):
     gradient = jax.jit(jax.grad(loss))(model)
     norms = {n: float(np.abs(g).max()) for n, g in parameters_of(gradient).items()}
     memories = {n: v for n, v in norms.items() if ".layer." in n or n.startswith("tables.")}
-    assert "tables.memory" in memories and sum("taps" in n for n in memories) == 2
+    assert "tables.memory" in memories and sum("taps" in n for n in memories) == 4
     assert min(memories.values()) > 1e-6, memories
 
 
@@ -120,7 +120,7 @@ def test_decoding_reproduces_the_float64_reference(golden):
     weights = {}
     for file in sorted(path.glob("*.safetensors")):
         weights |= load_file(file)
-    window, _, bank, _ = experiment.model.pattern
+    window, recurrent, bank, _ = experiment.model.pattern
     expected = _reference().logits(
         weights,
         tokens,
@@ -131,6 +131,7 @@ def test_decoding_reproduces_the_float64_reference(golden):
         sinks=window.sink_tokens,
         top_k=4,
         banked={"window": bank.window, "size": bank.bank_size, "top_k": bank.top_k},
+        delta_heads=recurrent.mixer.num_heads,
     )
     assert len(tokens) > 3 * window.window
     engine = Engine(artifact, batch=1, capacity=64, chunk=16)

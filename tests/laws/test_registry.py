@@ -14,6 +14,7 @@ TRANSITIONS = {
     "gated_delta",
     "gated_delta_channel",
     "linear_recurrence",
+    "mamba1",
     "mamba2",
     "short_conv",
 }

@@ -97,10 +97,10 @@ def mamba2_inputs(options: Options) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def _forward(name: str, backend: str) -> Callable[..., jax.Array]:
+def _forward(name: str, backend: Any) -> Callable[..., jax.Array]:
     def call(run: dict[str, Any]) -> jax.Array:
-        more = {"erase": run["write"]} if name == "gated delta" else {"scale": 1.0}
-        return gated_delta(**run, **more, backend=backend)[0]  # type: ignore[arg-type]
+        more: dict[str, Any] = {"erase": run["write"]} if name == "gated delta" else {"scale": 1.0}
+        return gated_delta(**run, **more, backend=backend)[0]
 
     return jax.jit(call)
 
@@ -144,7 +144,7 @@ class Rival:
         self.folder = tempfile.TemporaryDirectory()
         given, made = (Path(self.folder.name) / name for name in ("inputs.npz", "outputs.npz"))
         arrays = {f"{name} {n}": x for name, run in inputs.items() for n, x in run.items()}
-        np.savez(given, **arrays)
+        np.savez(given, allow_pickle=False, **arrays)
         script = Path(__file__).with_name("scan_rival.py")
         self.process = subprocess.Popen(
             [python, "-P", script, given, made],  # -P: our files shadow none of its modules
@@ -171,7 +171,7 @@ class Rival:
 def by_length(options: Options, tokens: int) -> float:
     """Seconds a token of a forward pass of Gated DeltaNet over so many, its inputs made anew."""
     T, H, D = options.tokens, options.heads, options.head_dim
-    run = {name: jnp.asarray(x) for name, x in delta_inputs(options).items()}
+    run: dict[str, Any] = {name: jnp.asarray(x) for name, x in delta_inputs(options).items()}
 
     # A part at a time, with the state carried: as a model reads a long text.
     @jax.jit
@@ -188,7 +188,7 @@ def by_length(options: Options, tokens: int) -> float:
 
 def single(options: Options) -> float:
     """Seconds of a single token, from a state: the same whatever was read before."""
-    run = {name: jnp.asarray(x[:, :1]) for name, x in delta_inputs(options).items()}
+    run: dict[str, Any] = {name: jnp.asarray(x[:, :1]) for name, x in delta_inputs(options).items()}
     step = jax.jit(lambda S: gated_delta(**run, erase=run["write"], state=S), donate_argnums=0)
     state = jnp.zeros((1, options.heads, options.head_dim, options.head_dim))
     times = []
