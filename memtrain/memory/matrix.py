@@ -7,6 +7,7 @@ decide how the matrix fades and what is erased; `memtrain_kernels.gated_delta` d
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -113,7 +114,8 @@ class MatrixMemory(Memory):
         self, x: Float[Array, "B T D"], state: State | None, ctx: Context
     ) -> tuple[Float[Array, "B T D"], State | None, Aux]:
         if ctx.layout.devices > 1:
-            return over_stretches(self, x, state, ctx, begin=self._begin, end=self._end)
+            end = functools.partial(self._end, ctx)
+            return over_stretches(self, x, state, ctx, begin=self._begin, end=end)
         inputs, tails = self._inputs(x, state, ctx)
         matrix = None if state is None else state["matrix"]
         out, matrix = gated_delta(**inputs, state=matrix, scale=self.query_scale)
@@ -128,7 +130,7 @@ class MatrixMemory(Memory):
 
     def _begin(
         self, x: Float[Array, "B T D"], ctx: Context, before: State | None
-    ) -> tuple[Transition, tuple[Array, dict[str, Any], Aux]]:
+    ) -> tuple[Transition, tuple[Array, dict[str, Any]]]:
         inputs, _ = self._inputs(x, before, ctx)
         run = {n: value for n, value in inputs.items() if n != "query"}
         tails = {
@@ -136,14 +138,14 @@ class MatrixMemory(Memory):
             for name, conv in self._convs().items()
         }
         transition = {"matrix": gated_delta_transition(**run), **tails}
-        return transition, (x, inputs, self._aux(inputs, ctx))
+        return transition, (x, inputs)
 
     def _end(
-        self, work: tuple[Array, dict[str, Any], Aux], state: State
+        self, ctx: Context, work: tuple[Array, dict[str, Any]], state: State
     ) -> tuple[Float[Array, "B T D"], Aux]:
-        x, inputs, aux = work
+        x, inputs = work
         out, _ = gated_delta(**inputs, state=state["matrix"], scale=self.query_scale)
-        return self._output(x, out, inputs["value"]), aux
+        return self._output(x, out, inputs["value"]), self._aux(inputs, ctx)
 
     def _inputs(
         self, x: Float[Array, "B T D"], state: State | None, ctx: Context
@@ -170,8 +172,8 @@ class MatrixMemory(Memory):
             if (a := inputs.get(argument)) is not None:
                 a = jnp.exp(a) if name == "kept" else a
                 a = jnp.mean(a.reshape(*a.shape[:2], -1), axis=-1)
-                count = jnp.maximum(jnp.sum(ctx.valid), 1)
-                metrics[name] = jnp.sum(jnp.where(ctx.valid, a, 0)) / count
+                count = jnp.maximum(jnp.sum(inputs["valid"]), 1)
+                metrics[name] = jnp.sum(jnp.where(inputs["valid"], a, 0)) / count
         return Aux(metrics=metrics)
 
     def compose(self, first: Transition, then: Transition) -> Transition:

@@ -16,7 +16,7 @@ from memtrain.memory.attention import AttentionConfig
 from memtrain.memory.bank import BankMemoryConfig
 from memtrain.memory.gated_delta import GatedDeltaConfig
 from memtrain.memory.linear_recurrence import LinearRecurrenceConfig
-from memtrain.memory.mamba1 import Mamba1Config
+from memtrain.memory.mamba1 import Mamba1, Mamba1Config
 from memtrain.memory.mamba2 import Mamba2Config
 from memtrain.memory.ngram import NGramMemory, NGramMemoryConfig
 from memtrain.memory.product_key import ProductKeyMemoryConfig
@@ -97,7 +97,15 @@ register(
         num_heads=2, head_dim=8, decay="channel", erase="channel", write="channel", negative=True
     ),
 )
-register("mamba1", Mamba1Config(state_dim=4, step_rank=3, inner_norm=True))
+
+
+def _loud(memory: Memory) -> None:
+    """What it carries is a small part of its output to begin with: the skip is the rest."""
+    assert isinstance(memory, Mamba1)
+    memory.output.weight.set_value(3 * memory.output.weight[...])
+
+
+register("mamba1", Mamba1Config(state_dim=4, step_rank=3, inner_norm=True), prepare=_loud)
 register("mamba2", Mamba2Config(head_dim=16, state_dim=8))
 register("linear_recurrence", LinearRecurrenceConfig(state_dim=12, min_decay=0.2, max_decay=0.95))
 

@@ -16,8 +16,7 @@ from memtrain_kernels.varying import vary_alike
 
 LEAST_LOG_DECAY = -15.0
 """Log decays count as no less: a token then keeps 3e-7 of what it could have forgotten. So the
-exponents of a few tokens together stay within float32, in which decays by channel are split into
-factors."""
+sums over a few tokens stay within what float32 has exponents for (see `channel_decay`)."""
 
 
 @jax.tree_util.register_dataclass

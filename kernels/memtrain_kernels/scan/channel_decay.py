@@ -4,9 +4,9 @@ What is left at token i of what token j wrote is exp of a sum over the tokens be
 every channel, so products of keys cannot be taken first and scaled after. As a product of two
 factors, exp(sum to i) and exp(-sum to j), the second grows without bound. So chunks are cut into
 blocks of 8 tokens (secondary chunking: Yang et al. 2023, arXiv 2312.06635). Between blocks all
-factors are at most 1; within one, sums are counted from the middle of what they can be, so that
-both factors are within e^60 of 1. (Products of pairs in the wrong order may be infinite; none is
-used.)
+factors are at most 1; within one, sums are counted from the middle of what a document has of them
+in the block, so that both factors are within e^60 of 1, and near 1 where little decays. (Products
+of pairs in the wrong order may be infinite; none is used.)
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from memtrain_kernels.scan.arguments import LEAST_LOG_DECAY
-
 
 _BLOCK = 8
-_MIDDLE = 0.5 * _BLOCK * LEAST_LOG_DECAY
 _product = functools.partial(jnp.einsum, precision="highest")
 
 
@@ -98,15 +95,21 @@ def channel_decays(log_decay: Array, same: Array, goes_on: Array, stays: Array) 
     pairs = same.reshape(n, b, 1, m, _BLOCK, m, _BLOCK)
     own = jnp.diagonal(pairs, axis1=3, axis2=5)  # [n, b, 1, i, j, m]
     own = jnp.moveaxis(own, -1, 3).astype(g.dtype)
-    segment = _product("nbgmij,nbgmjd->nbgmid", jnp.broadcast_to(own, (n, b, h, *own.shape[3:])), g)
+    of_document = (
+        lambda pairs: _product(  # noqa: E731
+            "nbgmij,nbgmjd->nbgmid", jnp.broadcast_to(pairs, (n, b, h, *pairs.shape[3:])), g
+        )
+    )
+    segment = of_document(own)
+    middle = 0.5 * of_document(jnp.maximum(own, jnp.swapaxes(own, -1, -2)))
     return ChannelDecays(
         entered=jnp.where(goes_on[:, :, None, :, None], entered, 0),
         left=jnp.where(stays[:, :, None, :, None], left, 0),
         to=jnp.exp(upto),
         rest=jnp.exp(rest),
         over=jnp.exp(between),
-        rising=jnp.exp(segment - _MIDDLE),
-        falling=jnp.exp(_MIDDLE - segment),
+        rising=jnp.exp(segment - middle),
+        falling=jnp.exp(middle - segment),
         same=same,
     )
 
