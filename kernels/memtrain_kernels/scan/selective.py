@@ -1,4 +1,8 @@
-"""The selective scan: a linear recurrence for every channel and every number of its state."""
+"""The selective scan: a linear recurrence for every channel and every number of its state.
+
+Tokens are read a chunk at a time. Within one, accelerators take all tokens at once, by an
+associative scan, which does more work and holds all states of the chunk; a CPU takes them in turn.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from memtrain_kernels.target import current_target
 from memtrain_kernels.varying import vary_alike
 
 
 CHUNK = 64
-"""Tokens whose states [B, 64, D, N] are held at once; they are computed again in the backward."""
+"""Tokens whose states [B, 64, D, N] are held at once, at the latest in the backward, which computes
+them again."""
 
 
 @jax.tree_util.register_dataclass
@@ -70,13 +76,17 @@ def selective_scan(
     tokens["query"] = query.astype(jnp.float32)
     rate = jnp.asarray(rate, jnp.float32)
 
-    def chunk(h: Array, part: dict[str, Array]) -> tuple[Array, Array]:
-        kept, total = _within(part, rate)
+    def at_once(h: Array, part: dict[str, Array]) -> tuple[Array, Array]:
+        kept, total = lax.associative_scan(_join, _element(part, rate), axis=1)
         states = total + kept * h[:, None]
-        return states[:, -1], jnp.einsum(
-            "btdn,btn->btd", states, part["query"], precision="highest"
-        )
+        return states[:, -1], _read(states, part["query"])
 
+    def token(h: Array, part: dict[str, Array]) -> tuple[Array, Array]:
+        kept, new = _element(part, rate)
+        h = kept * h + new
+        return h, _read(h, part["query"])
+
+    chunk = _in_turn(token) if _is_cpu() else at_once
     out, h = _over_chunks(chunk, h, tokens)
     return out.astype(jnp.asarray(value).dtype), h
 
@@ -90,10 +100,14 @@ def selective_transition(
     B, D, N = (*tokens["value"].shape[::2], rate.shape[1])
     identity = jnp.ones((B, D, N), jnp.float32), jnp.zeros((B, D, N), jnp.float32)
 
-    def chunk(run: tuple[Array, Array], part: dict[str, Array]) -> tuple[Any, None]:
-        kept, total = _within(part, rate)
+    def at_once(run: tuple[Array, Array], part: dict[str, Array]) -> tuple[Any, None]:
+        kept, total = lax.associative_scan(_join, _element(part, rate), axis=1)
         return _join(run, (kept[:, -1], total[:, -1])), None
 
+    def token(run: tuple[Array, Array], part: dict[str, Array]) -> tuple[Any, None]:
+        return _join(run, _element(part, rate)), None
+
+    chunk = _in_turn(token) if _is_cpu() else at_once
     _, run = _over_chunks(chunk, identity, tokens)
     return SelectiveTransition(*run)
 
@@ -123,13 +137,33 @@ def _tokens(
     return {"value": value, "step": step, "key": key, "starts": begun}
 
 
-def _within(part: dict[str, Array], rate: Array) -> tuple[Array, Array]:
-    """Of the chunk up to each token: what is left of a state that enters, and the sum from empty,
-    [B, C, D, N]. Where a document begins the factor is 0, so that nothing of another is felt."""
+def _element(part: dict[str, Array], rate: Array) -> tuple[Array, Array]:
+    """Of tokens [...]: what is left of what entered, and what is added, [..., D, N]. Where a
+    document begins the factor is 0, so that nothing of another is felt."""
     step = part["step"][..., None]
     decay = jnp.where(part["starts"][..., None, None], 0.0, jnp.exp(-step * rate))
-    new = (part["step"] * part["value"])[..., None] * part["key"][:, :, None]
-    return lax.associative_scan(_join, (decay, new), axis=1)
+    return decay, step * part["value"][..., None] * part["key"][..., None, :]
+
+
+def _read(h: Array, query: Array) -> Array:
+    """[..., D] of states [..., D, N]: products and sums, as a matrix product would round on some
+    devices."""
+    return jnp.sum(h * query[..., None, :], axis=-1)
+
+
+def _is_cpu() -> bool:
+    return current_target().platform == "cpu"
+
+
+def _in_turn(token: Any) -> Any:
+    """A function of a chunk, of one of a token."""
+
+    def chunk(carry: Any, part: dict[str, Array]) -> tuple[Any, Any]:
+        by_token = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), part)
+        carry, out = lax.scan(token, carry, by_token)
+        return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
+
+    return chunk
 
 
 def _over_chunks(chunk: Any, carry: Any, tokens: dict[str, Array]) -> tuple[Any, Any]:

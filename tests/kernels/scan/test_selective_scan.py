@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memtrain_kernels import selective_scan, selective_transition
+from memtrain_kernels import compiling_for, selective_scan, selective_transition
 
 
 B, T, D, N = 2, 150, 5, 3
@@ -51,6 +51,14 @@ def close(found: Any, want: np.ndarray) -> None:
     assert np.abs(np.asarray(found) - want).max() <= 1e-5 * max(1.0, np.abs(want).max())
 
 
+@pytest.fixture(params=["cpu", "tpu"])
+def target(request):
+    """Tokens in turn, and all of a chunk at once."""
+    with compiling_for(request.param, "TPU v5p" if request.param == "tpu" else "cpu"):
+        yield
+
+
+@pytest.mark.usefixtures("target")
 def test_outputs_state_and_transition():
     run = draw(0)
     out, state = defined(run)
@@ -64,6 +72,7 @@ def test_outputs_state_and_transition():
     close(then.advance(first.advance(run["state"])), state)
 
 
+@pytest.mark.usefixtures("target")
 def test_gradients():
     rng = np.random.default_rng(1)
     run = draw(1)
@@ -86,6 +95,7 @@ def test_gradients():
         assert abs(found - want) <= 1e-5 * size, name
 
 
+@pytest.mark.usefixtures("target")
 def test_not_one_bit_of_an_earlier_document_is_felt():
     run, other = draw(2), draw(3)
     run["starts"][:, 70] = True
