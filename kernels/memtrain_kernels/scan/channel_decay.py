@@ -95,9 +95,11 @@ def channel_decays(log_decay: Array, same: Array, goes_on: Array, stays: Array) 
     pairs = same.reshape(n, b, 1, m, _BLOCK, m, _BLOCK)
     own = jnp.diagonal(pairs, axis1=3, axis2=5)  # [n, b, 1, i, j, m]
     own = jnp.moveaxis(own, -1, 3).astype(g.dtype)
-    of_document = lambda pairs: _product(
-        "nbgmij,nbgmjd->nbgmid", jnp.broadcast_to(pairs, (n, b, h, *pairs.shape[3:])), g
-    )
+
+    def of_document(pairs: Array) -> Array:
+        every_head = jnp.broadcast_to(pairs, (n, b, h, *pairs.shape[3:]))
+        return _product("nbgmij,nbgmjd->nbgmid", every_head, g)
+
     segment = of_document(own)
     middle = 0.5 * of_document(jnp.maximum(own, jnp.swapaxes(own, -1, -2)))
     return ChannelDecays(
