@@ -53,6 +53,22 @@ def test_startup(tmp_path: Path) -> None:
     assert 0.2 < found["warm_median"] < 120 and found["help_seconds"] > 0
 
 
+def test_scan(tmp_path: Path) -> None:
+    """Without a rival: chunks and single tokens agree, and each is timed."""
+    script, out = ROOT / "tools" / "benchmarks" / "scan.py", tmp_path / "s.json"
+    small = ["--tokens", "128", "--heads", "2", "--key-heads", "1", "--head-dim", "8"]
+    command = [sys.executable, str(script), *small, "--lengths", "256", "--rounds", "1"]
+    ended = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(out.read_text())["results"]
+    ways = [
+        f"{name} {way}" for name in ("gated delta", "mamba2") for way in ("forward", "backward")
+    ]
+    assert list(found["cases"]) == ways
+    assert all(c["token by token over chunked"] > 0 for c in found["cases"].values())
+    assert sorted(found["seconds_a_token"]) == ["256", "single token"]
+
+
 def test_kernels(tmp_path: Path) -> None:
     """Small shapes: every family runs, agrees with its oracle, and says what was left out."""
     script, out = ROOT / "tools" / "benchmarks" / "kernels.py", tmp_path / "d.json"
