@@ -89,10 +89,16 @@ class Experiment:
                 f"(mesh.data={mesh['data']} * mesh.fsdp={mesh['fsdp']} * "
                 f"train.accumulation_steps={train.accumulation_steps}): take {near}"
             )
-        if train.carry == "stop" and self.data.order != "document":
+        if train.carry != "none" and self.data.order != "document":
             raise BadInput(
-                f'train.carry="stop" carries the memory from step to step and needs rows that go '
-                f'on where they stopped: set data.order="document", not "{self.data.order}"'
+                f'train.carry="{train.carry}" carries the memory from step to step and needs rows '
+                f'that go on where they stopped: set data.order="document", not '
+                f'"{self.data.order}"'
+            )
+        if train.carry == "tbptt" and mesh["context"] > 1:
+            raise BadInput(
+                f'train.carry="tbptt" reads a row in parts, and mesh.context={mesh["context"]} '
+                'splits it over devices: set mesh.context=1, or train.carry="stop"'
             )
 
     @property

@@ -93,10 +93,14 @@ class TrainConfig:
     """Tokens of a row."""
     accumulation_steps: int = 1
     """The batch is read in this many equal parts, one after the other, under one update."""
-    carry: Literal["none", "stop"] = "none"
+    carry: Literal["none", "stop", "tbptt"] = "none"
     """Memory state between steps: dropped, or kept with gradients stopped (needs
-    data.order="document").
+    data.order="document"). "tbptt" does as "stop" does, and reads a step's rows in
+    `tbptt_segments`, one after the other, with gradients through the state between them.
     """
+    tbptt_segments: int = 1
+    """Equal parts of a row under carry="tbptt" (truncated backpropagation through time): only one
+    part's activations are held at once, and states between."""
     checkpoint_every_steps: int = 200
     """Most steps that a run killed without a warning repeats, plus `checkpoint_lag_steps`."""
     checkpoint_lag_steps: int = 0
@@ -136,6 +140,7 @@ class TrainConfig:
             "batch_size": 1,
             "seq_len": 1,
             "accumulation_steps": 1,
+            "tbptt_segments": 1,
             "checkpoint_every_steps": 1,
             "checkpoint_lag_steps": 0,
             "keep_checkpoints": 1,
@@ -146,6 +151,7 @@ class TrainConfig:
             "max_skipped_steps": 0,
         }
         at_least(self, "train", least)
+        self._check_segments()
         for name in ("edit", "init_rename"):
             if getattr(self, name) and self.init_from is None:
                 raise ValueError(f"train.{name} needs train.init_from, a run or artifact")
@@ -161,3 +167,19 @@ class TrainConfig:
                     f"train.profile_steps={first},{last}: it takes the first and the last step of "
                     f"the trace, 0 to {self.num_steps - 1}"
                 )
+
+    def _check_segments(self) -> None:
+        k = self.tbptt_segments
+        if not isinstance(k, int) or not isinstance(self.seq_len, int):
+            return  # `memtrain.config.validated` names wrong types
+        if (self.carry == "tbptt") != (k > 1):
+            raise ValueError(
+                f'train.tbptt_segments={k}, train.carry="{self.carry}": carry="tbptt" takes 2 '
+                "segments or more, and nothing else takes any"
+            )
+        if self.seq_len % k:
+            near = self.seq_len // k * k or k
+            raise ValueError(
+                f"train.seq_len={self.seq_len} cannot be cut into train.tbptt_segments={k} equal "
+                f"parts: take {near} or {near + k}"
+            )

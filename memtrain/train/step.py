@@ -23,6 +23,7 @@ from memtrain.parallel.sharding import (
 )
 from memtrain.train.optimizer import clip_factor, global_norm, schedule_of, table_schedule_of
 from memtrain.train.row_adam import Now
+from memtrain.train.segments import in_segments
 from memtrain.train.state import Plan, TrainState
 from memtrain.train.table_gradients import PREFIX, reads_of, taps_for
 from memtrain.train.tables import OptimizerState, scaled
@@ -62,6 +63,12 @@ def make_loss_and_gradients(plan: Plan) -> Callable[..., tuple[Array, Any, Metri
     trained = (plan.group("main") | plan.group("table")) - plan.tables.by_rows
 
     def loss_sum(parameters, taps, batch: Batch, carry):
+        whole = config.tbptt_segments == 1
+        function = of_row if whole else in_segments(of_row, config.tbptt_segments)
+        total, (loss, carry, aux) = function(parameters, taps, batch, carry)
+        return total, (loss, jax.lax.stop_gradient(carry), aux)
+
+    def of_row(parameters, taps, batch: Batch, carry):
         model = plan.skeleton.merge(parameters)
         ctx = context_of(batch, layout=plan.tokens.layout, want_metrics=True)
         hidden, carry, aux = model(batch.tokens, carry, ctx, taps=taps)
@@ -70,7 +77,7 @@ def make_loss_and_gradients(plan: Plan) -> Callable[..., tuple[Array, Any, Metri
         )
         # An auxiliary loss is per token: it counts as often as there are weighted tokens.
         extra = sum(_aux_losses(aux)) * jnp.sum(batch.loss_weights)
-        return loss + extra, (loss, jax.lax.stop_gradient(carry), aux)
+        return loss + extra, (loss, carry, aux)
 
     def gradients(parameters, batch: Batch, carry):
         frozen = {n: a for n, a in parameters.items() if n not in trained}

@@ -79,8 +79,11 @@ def test_more_steps_later_are_the_same_steps(unbroken, tmp_path):
 
 
 @pytest.mark.full
-def test_carried_memory_is_part_of_the_checkpoint(tmp_path):
-    config = experiment(function="carried")
+@pytest.mark.parametrize(
+    "changes", [[], ["train.carry=tbptt", "train.tbptt_segments=3"]], ids=["stop", "tbptt"]
+)
+def test_carried_memory_is_part_of_the_checkpoint(tmp_path, changes):
+    config = experiment(*changes, function="carried")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(override(config, ["train.num_steps=20"]), whole, progress=quiet)
     first = override(config, ["train.num_steps=10", "optimizer.horizon_steps=20"])
