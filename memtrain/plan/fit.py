@@ -28,7 +28,7 @@ def longest_context(experiment: Experiment, vocab_size: int, device: Device) -> 
 
     step = tokens_of(experiment).layout.multiple
     # Lengths that nobody would ask for (37 tokens more) are no news: multiples of 128 a device.
-    step *= max(1, 128 * experiment.mesh.context // step)
+    step *= max(1, 128 * experiment.mesh.context // step) * experiment.train.tbptt_segments
     if not fits(1):
         return 0
     low, high = 1, 2

@@ -85,7 +85,8 @@ class _Step:
         )
         self.scanned = is_scanned(experiment, platform)
         self.rows = train.batch_size // (mesh.data * mesh.fsdp * train.accumulation_steps)
-        self.tokens = -(-train.seq_len // mesh.context)
+        self.segments = train.tbptt_segments
+        self.tokens = -(-train.seq_len // (mesh.context * self.segments))
         config, repeats = experiment.model, experiment.model.repeats
         self.units = units(
             config,
@@ -140,6 +141,8 @@ class _Step:
         }
         if train.accumulation_steps > 1 and "gradients" not in parts:
             parts["gradients"] = self._trained(self.state.parameters)
+        if self.segments > 1 and "activations" in parts:
+            parts["states_between_segments"] = self.segments * self.state.carry.local
         return {name: size for name, size in (held | parts).items() if size}
 
     def _unrolled(self, kept: int, moments: dict[str, dict[str, int]]) -> None:
@@ -160,8 +163,9 @@ class _Step:
         # The embedding's gradient begins in the loss; that of a table, with each layer that reads.
         gradients += self._trained([leaf for leaf in self.others if not leaf.is_table])
         gradients += self._table_gradients()
-        if self.experiment.train.accumulation_steps > 1:
-            gradients += self._trained(self.state.parameters)
+        # Sums over parts of the batch, and over segments.
+        sums = (self.experiment.train.accumulation_steps > 1) + (self.segments > 1)
+        gradients += sums * self._trained(self.state.parameters)
         # Weights of a block and of the next, and its gradients before they are scattered.
         gathered = sum(leaf.gathered for leaf in own if leaf.gathered > leaf.local)
         gathered = gathered // len(unit.blocks)

@@ -101,7 +101,7 @@ class StateSizes:
 def state_sizes(experiment: Experiment, vocab_size: int) -> StateSizes:
     """Raises BadInput where the parts of the experiment do not fit each other."""
     # Nothing of it depends on the length of a row, which is what searches go through.
-    short = tokens_of(experiment).layout.multiple
+    short = tokens_of(experiment).layout.multiple * experiment.train.tbptt_segments
     train = dataclasses.replace(experiment.train, seq_len=short)
     return _state_sizes(dataclasses.replace(experiment, train=train), vocab_size)
 

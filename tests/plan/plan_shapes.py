@@ -1,7 +1,19 @@
 """Experiments that are compiled here to hold the plan to, and what their compiler says."""
 
+import dataclasses
+
 from memtrain.config import Experiment
-from memtrain.layers import Attention, Block, ModelConfig, ProductKeyMemory, SwiGLU, Window
+from memtrain.data.config import DataConfig
+from memtrain.layers import (
+    Attention,
+    Block,
+    GatedDelta,
+    Mamba1,
+    ModelConfig,
+    ProductKeyMemory,
+    SwiGLU,
+    Window,
+)
 from memtrain.model.config import Block as BlockConfig
 from memtrain.parallel.config import MeshConfig
 from memtrain.plan.compile import Compiled, compile_train_step
@@ -24,6 +36,15 @@ def experiment(
     )
 
 
+def in_segments(experiment: Experiment, count: int) -> Experiment:
+    """The same on rows in document order, read in parts, with memory that is carried."""
+    return dataclasses.replace(
+        experiment,
+        data=DataConfig(order="document"),
+        train=dataclasses.replace(experiment.train, carry="tbptt", tbptt_segments=count),
+    )
+
+
 def compiled(experiment: Experiment) -> Compiled:
     """By the CPU's compiler, on as many simulated devices as the mesh has."""
     return compile_train_step(experiment, parse_target(f"cpux{experiment.num_devices}"), VOCAB)
@@ -31,6 +52,8 @@ def compiled(experiment: Experiment) -> Compiled:
 
 DENSE = Attention(num_heads=4)
 WIDE = BlockConfig(mixer=Attention(num_heads=8, num_kv_heads=4), ffn=SwiGLU(hidden=2752))
+DELTA = BlockConfig(mixer=GatedDelta(num_heads=4, head_dim=64), ffn=SwiGLU(hidden=512))
+MAMBA1 = BlockConfig(mixer=Mamba1(), ffn=SwiGLU(hidden=512))
 MEMORY = (Window(128, num_heads=4), Block(mixer=Attention(num_heads=4), ffn=TABLE))
 LARGE_TABLE = (
     Window(128, num_heads=4),
