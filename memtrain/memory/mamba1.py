@@ -81,7 +81,8 @@ class Mamba1(Memory):
         self.step_bias, _ = draw_decay(self.inner, 1, dtypes.params, rngs, axis="mlp")
         # Every channel begins with rates 1 .. N (S4D-Real, Gu et al. 2022).
         rates = jnp.broadcast_to(jnp.arange(1, N + 1), (self.inner, N))
-        self.log_rate = nnx.Param(jnp.log(rates).astype(dtypes.params), logical_axes=("mlp", None))
+        axes = ("mlp", "rates")  # no matrix: weight decay would pull all rates to one
+        self.log_rate = nnx.Param(jnp.log(rates).astype(dtypes.params), logical_axes=axes)
         self.skip = nnx.Param(jnp.ones((self.inner,), dtypes.params), logical_axes=("mlp",))
         out_scale = (2 * context.depth) ** -0.5
         self.output = linear(self.inner, dim, axes=("mlp", "embed"), scale=out_scale)

@@ -97,6 +97,8 @@ def layer_flops(layer: nnx.Module, seq_len: int) -> Flops:
         memory = 2.0 * passes * shape.num_heads * shape.key_dim * shape.value_dim * repeats
     elif isinstance(layer, Mamba1):
         memory = 4.0 * layer.inner * layer.config.state_dim * repeats
+        # The rates are a matrix by their shape alone.
+        matmul -= 2.0 * layer.inner * layer.config.state_dim * repeats
     return Flops(matmul, attention, memory)
 
 

@@ -33,6 +33,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "cache": "context",
     "head_dim": None,
     "key_dim": None,
+    "rates": None,  # of a channel's state; what has them is not a matrix
 }
 
 

@@ -80,8 +80,8 @@ def groups_of(
 
 
 def is_matrix(name: str, axes: tuple[str | None, ...]) -> bool:
-    """Whether weight decay applies: at least two dimensions besides `layers`."""
-    return sum(axis != "layers" for axis in axes) >= 2
+    """Whether weight decay applies: at least two dimensions besides `layers` and `rates`."""
+    return sum(axis not in ("layers", "rates") for axis in axes) >= 2
 
 
 def optimizer_of(

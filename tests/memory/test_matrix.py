@@ -12,6 +12,7 @@ from matrix_oracle import gated_delta, mamba1, mamba2
 
 from memtrain.description import BuildContext, Dtypes, LayerDescription
 from memtrain.layers import (
+    Block,
     DeltaNet,
     GatedDelta,
     GatedDeltaNet,
@@ -20,8 +21,11 @@ from memtrain.layers import (
     KimiDelta,
     Mamba1,
     Mamba2,
+    ModelConfig,
 )
 from memtrain.memory import Context, Memory, spec_bytes
+from memtrain.model.parameters import Skeleton
+from memtrain.train.optimizer import is_matrix
 
 
 DIM, T = 12, 24
@@ -105,6 +109,15 @@ def test_steps_and_rates_begin_where_the_papers_have_them():
     assert 1 <= rate.min() < 1.2 and 15.8 < rate.max() <= 16
     first = Mamba1(state_dim=3).build(BuildContext(dim=8), rngs=nnx.Rngs(0))
     np.testing.assert_allclose(np.exp(first.log_rate[...]), [[1, 2, 3]] * 16, rtol=1e-6)
+
+
+def test_rates_and_biases_do_not_decay():
+    layers = (Mamba1(state_dim=2), Mamba2(head_dim=4, state_dim=2), GatedDelta(**SMALL))
+    blocks = tuple(Block(mixer=layer) for layer in layers)
+    skeleton = Skeleton.of(ModelConfig(dim=DIM, pattern=blocks), 7)
+    decayed = {n.split(".layer.")[-1] for n, axes in skeleton.axes().items() if is_matrix(n, axes)}
+    assert {"step.weight", "conv.taps", "output.weight", "erase_gate.weight"} <= decayed
+    assert not {"log_rate", "step_bias", "skip", "conv.bias", "norm.scale"} & decayed
 
 
 def test_metrics():

@@ -7,6 +7,9 @@ from flax import nnx
 from memtrain.layers import (
     Attention,
     Block,
+    GatedDelta,
+    Mamba1,
+    Mamba2,
     ModelConfig,
     ProductKeyMemory,
     ShortConv,
@@ -136,3 +139,22 @@ def test_sink_tokens_are_seen_too():
     )
     model = nnx.eval_shape(lambda: LanguageModel(config, vocab_size=4, rngs=nnx.Rngs(0)))
     assert forward_flops(model, seq_len).attention == pytest.approx(4 * dim * seen / seq_len)
+
+
+def test_recurrent_layers_by_hand():
+    """As single tokens read and write them: a product is two operations."""
+    delta = only(GatedDelta(num_heads=3, num_key_heads=1, head_dim=5, value_dim=7))
+    into = 24 * (5 + 5 + 21) + 4 * (5 + 5 + 21)  # query, key, value; four taps of each channel
+    rest = 24 * 3 + 24 * 3 + 24 * 21 + 21 * 24  # decay, erase, gate, output
+    assert delta.matmul == 2 * (into + rest + 24)
+    assert delta.memory == 2 * 3 * (3 * 5 * 7)  # erased, written, read
+
+    mamba2 = only(Mamba2(head_dim=12, state_dim=5))
+    into = 24 * (48 + 5 + 5) + 4 * (48 + 5 + 5)
+    assert mamba2.matmul == 2 * (into + 24 * 4 + 24 * 48 + 48 * 24 + 24)  # step, gate, output
+    assert mamba2.memory == 2 * 2 * (4 * 5 * 12)
+
+    mamba1 = only(Mamba1(state_dim=5, step_rank=3))
+    inner = 48 * 3 + 2 * 48 * 5 + 3 * 48 + 4 * 48
+    assert mamba1.matmul == 2 * (2 * 24 * 48 + inner + 48 * 24 + 24)
+    assert mamba1.memory == 2 * 2 * 48 * 5
