@@ -25,7 +25,11 @@ from memtrain.layers import (
     Attention,
     BankMemory,
     Block,
+    GatedDeltaNet,
+    KimiDelta,
     LinearRecurrence,
+    Mamba1,
+    Mamba2,
     NGramMemory,
     ProductKeyMemory,
     ShortConv,
@@ -68,6 +72,10 @@ def layers(options: Options) -> dict[str, LayerDescription]:
         "NGramMemory(num_slots=16384)": NGramMemory(num_slots=16_384, vocab_size=256),
         "ShortConv(4)": ShortConv(4),
         "LinearRecurrence()": LinearRecurrence(),
+        "GatedDeltaNet(head_dim=64)": GatedDeltaNet(**heads),
+        "KimiDelta(head_dim=64)": KimiDelta(**heads),
+        "Mamba2()": Mamba2(),
+        "Mamba1()": Mamba1(),
         "SwiGLU(), for comparison": SwiGLU(),
     }
 
