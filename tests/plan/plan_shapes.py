@@ -54,6 +54,7 @@ DENSE = Attention(num_heads=4)
 WIDE = BlockConfig(mixer=Attention(num_heads=8, num_kv_heads=4), ffn=SwiGLU(hidden=2752))
 DELTA = BlockConfig(mixer=GatedDelta(num_heads=4, head_dim=64), ffn=SwiGLU(hidden=512))
 MAMBA1 = BlockConfig(mixer=Mamba1(), ffn=SwiGLU(hidden=512))
+NEAR = Window(128, num_heads=4)
 MEMORY = (Window(128, num_heads=4), Block(mixer=Attention(num_heads=4), ffn=TABLE))
 LARGE_TABLE = (
     Window(128, num_heads=4),

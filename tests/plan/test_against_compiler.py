@@ -7,6 +7,7 @@ from plan_shapes import (
     LARGE_TABLE,
     MAMBA1,
     MEMORY,
+    NEAR,
     TABLE,
     VOCAB,
     WIDE,
@@ -41,8 +42,11 @@ SHAPES = {
     "a large table, by rows, 4 replicas": lambda: experiment(
         *LARGE_TABLE, rows=8, mesh=MeshConfig(data=4)
     ),
-    "a delta rule, in segments": lambda: in_segments(experiment(DELTA, rows=4, seq_len=2048), 8),
-    "a selective scan": lambda: experiment(MAMBA1),
+    # With a window: nothing else reads positions, and what is not read is no argument.
+    "a delta rule, in segments": lambda: in_segments(
+        experiment(DELTA, NEAR, rows=4, seq_len=2048, repeats=1), 8
+    ),
+    "a selective scan": lambda: experiment(MAMBA1, NEAR, repeats=1),
     "wide, on three axes": lambda: experiment(
         WIDE, rows=4, dim=512, mesh=MeshConfig(fsdp=2, context=2, tensor=2)
     ),
