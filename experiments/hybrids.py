@@ -5,10 +5,10 @@
 
 `gated_delta`, `mamba2` and `mamba1` have one kind of recurrent layer and nothing else. `samba` has
 as many windows as Mamba layers (Ren et al. 2024, arXiv 2406.07522); `qwen_next` three Gated
-DeltaNets for each attention (Qwen3-Next); `jamba` seven Mamba layers for each attention (Lieber et
-al. 2024, arXiv 2403.19887), dense, where Jamba has mixtures of experts. All have eight layers of
-width 128 and read rows of 512 bytes in document order with their state carried from row to row, so
-that what they were trained with has no end.
+DeltaNets for each attention (Qwen3-Next), here of a window, which can be carried; `jamba` seven
+Mamba layers for each attention (Lieber et al. 2024, arXiv 2403.19887), dense, where Jamba has
+mixtures of experts. All have eight layers of width 128 and read rows of 512 bytes in document order
+with their state carried from row to row, so that what they were trained with has no end.
 """
 
 from typing import Literal
