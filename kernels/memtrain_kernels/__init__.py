@@ -14,6 +14,7 @@ from memtrain_kernels.attention import (
 )
 from memtrain_kernels.context import Layout, context_attention
 from memtrain_kernels.decode import paged_attention, quantize_pages
+from memtrain_kernels.grouped import Assignment, assign, grouped_matmul
 from memtrain_kernels.host import is_on_host, rows_of, run_on_host, with_rows
 from memtrain_kernels.lookup import (
     NO_ROW,
@@ -50,6 +51,7 @@ from memtrain_kernels.target import compiling_for
 __all__ = [
     "BACKENDS",
     "NO_ROW",
+    "Assignment",
     "AttentionSpec",
     "DeltaTransition",
     "Explanation",
@@ -59,6 +61,7 @@ __all__ = [
     "RowGradients",
     "SelectiveTransition",
     "TopKAttention",
+    "assign",
     "attention",
     "backend_counts",
     "capabilities",
@@ -68,6 +71,7 @@ __all__ = [
     "gated_delta",
     "gated_delta_transition",
     "gather_costs",
+    "grouped_matmul",
     "is_on_host",
     "last_backend",
     "memory_topk",
