@@ -17,6 +17,7 @@ from memtrain.memory.short_conv import ShortConvConfig as ShortConv
 from memtrain.model.config import Block as Block
 from memtrain.model.config import ModelConfig as ModelConfig
 from memtrain.model.feed_forward import SwiGLUConfig as SwiGLU
+from memtrain.model.moe import MoEConfig as MoE
 from memtrain.schema import register
 
 
@@ -56,6 +57,7 @@ register(GatedDelta, "GatedDelta")
 register(LinearRecurrence, "LinearRecurrence")
 register(Mamba1, "Mamba1")
 register(Mamba2, "Mamba2")
+register(MoE, "MoE")
 register(NGramMemory, "NGramMemory")
 register(ProductKeyMemory, "ProductKeyMemory")
 register(ShortConv, "ShortConv")

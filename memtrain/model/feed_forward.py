@@ -28,12 +28,17 @@ class SwiGLUConfig(LayerDescription):
         return SwiGLU(self, context, rngs=rngs)
 
 
+def hidden_units(dim: int) -> int:
+    """8/3 of the width, rounded up to a multiple of 64: as many parameters as 4 widths ungated."""
+    return -(-8 * dim // (3 * 64)) * 64
+
+
 class SwiGLU(nnx.Module):
     """Gated feed-forward layer without bias. Keeps no state: it is no memory."""
 
     def __init__(self, config: SwiGLUConfig, context: BuildContext, *, rngs: nnx.Rngs):
         dim = context.dim
-        hidden = config.hidden or -(-8 * dim // (3 * 64)) * 64
+        hidden = config.hidden or hidden_units(dim)
         more = {"dtypes": context.dtypes, "rngs": rngs}
         self.gate = Linear(dim, hidden, axes=("embed", "mlp"), **more)
         self.input = Linear(dim, hidden, axes=("embed", "mlp"), **more)

@@ -19,6 +19,7 @@ from memtrain.memory.matrix import MatrixMemory
 from memtrain.memory.ngram import NGramMemory
 from memtrain.memory.product_key import ProductKeyMemory
 from memtrain.model.language_model import LanguageModel
+from memtrain.model.moe import MoE
 
 
 FORMULA = "causal-half/1"
@@ -99,6 +100,10 @@ def layer_flops(layer: nnx.Module, seq_len: int) -> Flops:
         memory = 4.0 * layer.inner * layer.config.state_dim * repeats
         # The rates are a matrix by their shape alone.
         matmul -= 2.0 * layer.inner * layer.config.state_dim * repeats
+    elif isinstance(layer, MoE):
+        # Only what a token is sent to; the router and the shared expert are among the matrices.
+        experts = sum(leaf.size for leaf in jax.tree.leaves(layer) if leaf.ndim == 4)
+        matmul += 2.0 * experts * layer.config.top_k / layer.config.num_experts
     return Flops(matmul, attention, memory)
 
 

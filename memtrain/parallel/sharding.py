@@ -27,6 +27,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": "tensor",  # before their hidden units, which are split where it does not divide them
     "slots": ("fsdp", "context"),  # rows of memory tables
     "value_dim": "tensor",
     "layers": None,
@@ -108,6 +109,13 @@ class Split:
     def vocabulary(self, shape: Sequence[int]) -> PartitionSpec:
         """Of the head [V, D], gathered along D."""
         return PartitionSpec(partition_spec(("vocab", None), self.mesh, shape)[0], None)
+
+    def experts(self, shape: Sequence[int]) -> tuple[str | None, PartitionSpec, PartitionSpec]:
+        """Of experts' matrices [E, D, F] and [E, F, D], gathered along D, and the mesh axis over
+        which whole experts lie; None where their hidden units are split, or nothing is."""
+        entries = partition_spec(("experts", None, "mlp"), self.mesh, shape)
+        experts, hidden = entries[0], entries[2]
+        return experts, entries, PartitionSpec(experts, hidden, None)
 
 
 def split_here() -> Split | None:
