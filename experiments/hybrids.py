@@ -6,9 +6,10 @@
 `gated_delta`, `mamba2` and `mamba1` have one kind of recurrent layer and nothing else. `samba` has
 as many windows as Mamba layers (Ren et al. 2024, arXiv 2406.07522); `qwen_next` three Gated
 DeltaNets for each attention (Qwen3-Next), here of a window, which can be carried; `jamba` seven
-Mamba layers for each attention (Lieber et al. 2024, arXiv 2403.19887), dense, where Jamba has
-mixtures of experts. All have eight layers of width 128 and read rows of 512 bytes in document order
-with their state carried from row to row, so that what they were trained with has no end.
+Mamba layers for each attention and, in every other layer, a mixture of 16 experts of which a token
+is sent to two (Lieber et al. 2024, arXiv 2403.19887). All have eight layers of width 128. They read
+rows of 512 bytes in document order with their state carried from row to row, so that what they were
+trained with has no end; `jamba`, whose attention sees all of a document, whole documents.
 """
 
 from typing import Literal
@@ -23,6 +24,7 @@ from memtrain.layers import (
     Mamba1,
     Mamba2,
     ModelConfig,
+    MoE,
     SwiGLU,
     Window,
 )
@@ -33,6 +35,9 @@ DELTA = GatedDeltaNet(num_heads=2, head_dim=32, value_dim=64)
 MAMBA1 = Mamba1(state_dim=16)
 MAMBA2 = Mamba2(head_dim=32, state_dim=32)
 WINDOW = Window(64, num_heads=2)
+FEED_FORWARD = SwiGLU(hidden=256)
+# Jamba's published setting: 16 experts, two a token, weights that do not add up to 1.
+EXPERTS = MoE(16, 2, hidden=256, normalize=False)
 
 
 def recipe() -> Experiment:
@@ -61,22 +66,23 @@ def qwen_next() -> Experiment:
 
 
 def jamba() -> Experiment:
-    """Whole documents: one row each, nothing carried, so that attention sees all of it."""
-    layers = [*[MAMBA1] * 4, Attention(num_heads=2), *[MAMBA1] * 3]
-    return _model("jamba", *layers, repeats=1, carry="none")
+    mixers = [*[MAMBA1] * 4, Attention(num_heads=2), *[MAMBA1] * 3]
+    pattern = [
+        Block(mixer=mixer, ffn=EXPERTS if layer % 2 else FEED_FORWARD)
+        for layer, mixer in enumerate(mixers)
+    ]
+    return _model("jamba", *pattern, repeats=1, carry="none")
 
 
 def _model(
-    name: str, *mixers: LayerDescription, repeats: int, carry: Literal["none", "stop"] = "stop"
+    name: str,
+    *pattern: LayerDescription | Block,
+    repeats: int,
+    carry: Literal["none", "stop"] = "stop",
 ) -> Experiment:
-    feed_forward = SwiGLU(hidden=256)
     return Experiment(
         name=name,
-        model=ModelConfig(
-            dim=128,
-            pattern=tuple(Block(mixer=mixer, ffn=feed_forward) for mixer in mixers),
-            repeats=repeats,
-        ),
+        model=ModelConfig(dim=128, pattern=pattern, ffn=FEED_FORWARD, repeats=repeats),
         data=DataConfig(path=("stdlib",), order="document" if carry == "stop" else "packed"),
         train=TrainConfig(
             num_steps=300,

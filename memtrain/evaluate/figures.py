@@ -341,6 +341,46 @@ def table_use(lines: Sequence[Line], measured: Measured) -> Figure | None:
 
 
 @styled
+def expert_use(lines: Sequence[Line]) -> Figure | None:
+    """Over training, how unevenly each layer's experts are used, and how undecided routers are."""
+    layers = routed_layers(lines)
+    if not layers:
+        return None
+    figure = new_figure(11.5, 3.8)
+    panels = figure.subplots(1, 2)
+    titles = {"load_max": "Tokens of the busiest expert", "router_entropy": "Entropy of the router"}
+    for panel, (metric, title) in zip(panels, titles.items(), strict=True):
+        ends = []
+        for index, layer in enumerate(layers):
+            name = f"memory/{layer}.{metric}"
+            rows = [(x["tokens"], x[name]) for x in lines if x.get(name) is not None]
+            x, y = np.array(rows, float).T
+            colour = PALETTE[index % len(PALETTE)]
+            panel.plot(x, smoothed(y, 5), color=colour)
+            ends.append((x[-1], float(smoothed(y, 5)[-1]), f"layer {layer}", colour))
+        panel.set_title(title)
+        panel.set_xlabel("tokens read")
+        panel.xaxis.set_major_formatter(_short)
+        if metric == "load_max":
+            panel.axhline(1.0, color=FIRST, linestyle=":", linewidth=1.6)
+            panel.set_ylabel("times an even share")
+        else:
+            panel.set_ylim(0, None)
+            panel.set_ylabel("nats")
+        label_lines(panel, ends)
+    return figure
+
+
+def routed_layers(lines: Sequence[Line]) -> list[str]:
+    """`LAYER.PLACE` of the mixtures of experts that a run's lines tell of, in order of depth."""
+    end = ".router_entropy"
+    names = {
+        n.removeprefix("memory/").removesuffix(end) for x in lines for n in x if n.endswith(end)
+    }
+    return sorted(names, key=lambda name: int(name.split(".")[0]))
+
+
+@styled
 def throughput(lines: Sequence[Line]) -> Figure | None:
     """Tokens a second of each logging interval, and the share of time spent training."""
     rows = [x for x in lines if x.get("tokens_per_second") is not None]

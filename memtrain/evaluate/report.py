@@ -52,6 +52,7 @@ def report(
         "learning": figures.learning(lines, measured, bits_per_nat),
         "positions": figures.positions(measured),
         "slots": figures.table_use(lines, measured),
+        "experts": figures.expert_use(lines),
         "throughput": figures.throughput(lines),
     }
     images = {name: plots.as_png(found) for name, found in drawn.items() if found is not None}
@@ -64,6 +65,7 @@ def report(
     write_whole(run / REPORT, page.render().encode("utf-8"))
     return {
         **numbers(measured),
+        "experts": experts_of(lines),
         "report": str(run / REPORT),
         "figures": {name: str(folder / f"{name}.png") for name in images},
         "seconds": time.perf_counter() - begin,
@@ -129,6 +131,7 @@ def _page(run: Path, measured: Measured, lines: list[dict], images: dict[str, by
     _remembering(page, measured, images)
     _learning(page, measured, images)
     _tables(page, measured, images, lines)
+    _experts(page, images, lines)
     if "throughput" in images:
         page.section("Speed")
         page.image(images["throughput"], "Tokens a second and goodput over training")
@@ -254,6 +257,39 @@ def _tables(page: Page, measured: Measured, images: dict[str, bytes], lines: lis
             "three tokens. Only slots read at least as much as the average one are listed.",
             faint=True,
         )
+
+
+def _experts(page: Page, images: dict[str, bytes], lines: list[dict]) -> None:
+    if "experts" not in images:
+        return
+    page.section(
+        "The experts",
+        "Of each mixture of experts in training: the tokens of its busiest expert, where 1 is an "
+        "even share, and how undecided its router is about a token.",
+    )
+    page.image(images["experts"], "Load of the busiest expert and entropy of the router")
+    columns = ["layer", "busiest expert", "experts used", "balance loss", "router entropy"]
+    rows = [
+        [
+            layer,
+            f"{found['load_max']:.2f}",
+            f"{100 * found['experts_used']:.0f}%",
+            f"{found['balance']:.3f}",
+            f"{found['router_entropy']:.2f}",
+        ]
+        for layer, found in experts_of(lines).items()
+    ]
+    page.table(columns, rows, numbers=(1, 2, 3, 4))
+
+
+def experts_of(lines: list[dict]) -> dict[str, dict[str, float]]:
+    """What a run's newest lines say of each mixture of experts; see `memtrain.model.moe`."""
+    newest = {name: value for line in lines for name, value in line.items()}
+    metrics = ("load_max", "experts_used", "balance", "router_entropy")
+    return {
+        layer: {metric: newest[f"memory/{layer}.{metric}"] for metric in metrics}
+        for layer in figures.routed_layers(lines)
+    }
 
 
 def _dead_rows(lines: list[dict]) -> list[str]:
