@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from memtrain.errors import BadInput
+from memtrain.evaluate import figures
 from memtrain.evaluate.baselines import MarkovModels, xz_bits_per_byte
 from memtrain.evaluate.measure import Budget
 from memtrain.evaluate.plots import spread
-from memtrain.evaluate.report import report
+from memtrain.evaluate.report import experts_of, report
 from memtrain.evaluate.run import evaluate
 from memtrain.evaluate.subject import Subject
 
@@ -204,3 +205,22 @@ def test_labels_are_spread(seed):
     assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(places))
     assert min(places) >= -1e-9 and max(places) <= 1 + 1e-9
     assert spread([0.1, 0.5, 0.9], 0.1, 0.0, 1.0) == pytest.approx([0.1, 0.5, 0.9])
+
+
+def test_experts_are_drawn_and_told():
+    """From the lines of a run: layers in order of depth, the newest of each number."""
+    metrics = ("load_max", "experts_used", "balance", "router_entropy")
+    lines = [{"step": 0, "train/loss": 3.0}]
+    for step in (1, 2, 3):
+        at = {"step": step, "tokens": 10 * step}
+        for layer in (10, 2):
+            at |= {f"memory/{layer}.ffn.{m}": layer + step + i / 8 for i, m in enumerate(metrics)}
+        lines.append(at)
+    found = experts_of(lines)
+    assert list(found) == ["2.ffn", "10.ffn"]
+    assert found["10.ffn"] == {m: 13 + i / 8 for i, m in enumerate(metrics)}
+    figure = figures.expert_use(lines)
+    assert figure is not None
+    drawn = [line.get_xydata().tolist() for line in figure.axes[0].lines]  # type: ignore[union-attr]
+    assert [row[0] for row in drawn[0]] == [10, 20, 30] and len(drawn) == 3
+    assert figures.expert_use(lines[:1]) is None and experts_of(lines[:1]) == {}
