@@ -187,6 +187,9 @@ class Evaluate:
         UseAppendAction[tuple[Path, ...]], arg(metavar="PATH", help_behavior_hint="(repeatable)")
     ] = ()
     """Text to measure on: the held-out part of the run's own data unless given."""
+    context: Annotated[int | None, arg(metavar="TOKENS", help_behavior_hint="")] = None
+    """bpb, reread: tokens that are read from an empty memory, however many a row of training has;
+    one row of training, or eight where memory is carried from row to row, unless given."""
     without: Without = ()
     """A memory to switch off."""
     set: Annotated[
@@ -201,6 +204,8 @@ class Evaluate:
 
     def run(self) -> dict[str, Any]:
         target = existing(self.target, "run or artifact")
+        if self.context is not None:
+            at_least("--context", self.context, 1)
         define_layers(self.recipe)
         prepare()
         from memtrain.evaluate.run import evaluate
@@ -209,6 +214,7 @@ class Evaluate:
             target,
             task=self.task,
             data=list(self.data),
+            context=self.context,
             without=list(self.without),
             settings=list(self.set),
         )

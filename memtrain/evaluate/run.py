@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from memtrain.errors import BadInput
 from memtrain.evaluate import bits, generated, recall, reread
-from memtrain.evaluate.subject import Subject
+from memtrain.evaluate.subject import BATCH, Subject
 
 
 Task = Literal["associative", "bpb", "copy", "facts", "mqar", "recall", "reread"]
@@ -24,6 +25,7 @@ def evaluate(
     *,
     task: Task,
     data: Sequence[Path | str] | None = None,
+    context: int | None = None,
     without: Sequence[str] = (),
     settings: Sequence[str] = (),
     max_tokens: int = MAX_TOKENS,
@@ -34,6 +36,7 @@ def evaluate(
     facts: facts of a table, taught in training, answered right.
     associative, copy, mqar, recall: answers right, by distance from what was told to the question.
     reread: bits per byte of held-out text (or of `data`) read a first and a second time.
+    context: of bpb and reread, tokens read from an empty memory; as `Subject.context` unless given.
     without: memories that are left out, see `memtrain.model.ablation`.
     settings: "data.TASK.KEY=VALUE" in place of what the model was trained on: other facts, more
         pairs.
@@ -41,6 +44,10 @@ def evaluate(
     Raises BadInput where the task does not fit what the model reads, or there is nothing to read.
     """
     subject = Subject.open(Path(target), settings)
+    if context is not None:
+        if task not in ("bpb", "reread"):
+            raise BadInput(f"--task {task} has rows of its own length: leave out --context")
+        subject = dataclasses.replace(subject, context_tokens=context)
     paths = [Path(path) for path in data or ()]
     found = {
         "target": str(target),
@@ -67,14 +74,15 @@ def _bits(
     subject: Subject, paths: list[Path], without: Sequence[str], max_tokens: int
 ) -> dict[str, Any]:
     subject.need_tokenizer("bpb")
-    engine = subject.engine(without=without)
     held_out = subject.held_out(paths)
     pieces = bits.cut_pieces(held_out, subject.context, max_tokens)
+    engine = subject.engine(without=without, batch=min(BATCH, len(pieces.tokens)))
     per_token = bits.bytes_per_token(pieces, held_out)
     nll = bits.piece_losses(engine, pieces)
     return {
         "bits_per_byte": bits.mean_bits(nll, pieces.valid, per_token),
         "files": len(held_out),
+        "context": subject.context,
         "tokens": pieces.num_targets,
         "tokens_held_out": held_out.documents.num_tokens,
         "bytes_per_token": per_token,
@@ -109,10 +117,10 @@ def _reread(
     subject: Subject, paths: list[Path], without: Sequence[str], max_tokens: int
 ) -> dict[str, Any]:
     subject.need_tokenizer("reread")
-    engine = subject.engine(without=without)
     held_out = subject.held_out(paths)
     count = max(1, min(REREAD_PIECES, max_tokens // subject.context))
     pieces = reread.reread_pieces(held_out, subject.context, count)
+    engine = subject.engine(without=without, batch=min(BATCH, len(pieces)))
     num_bytes = sum(len(held_out.tokenizer.decode_bytes(piece)) for piece in pieces)
     twice = reread.reread(engine, pieces, num_bytes / pieces.size)
     return {

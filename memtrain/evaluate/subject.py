@@ -46,6 +46,8 @@ class Subject:
     step: int | None
     fingerprint: Mapping[str, Any] | None = None
     """Of the data that a run was trained on; an artifact knows none."""
+    context_tokens: int | None = None
+    """What `context` is instead of what training says."""
 
     @classmethod
     def open(cls, target: Path, settings: Sequence[str] = ()) -> Subject:
@@ -100,7 +102,10 @@ class Subject:
 
     @property
     def context(self) -> int:
-        """Tokens of a row that is read from an empty memory: as many as in training."""
+        """Tokens of a row that is read from an empty memory: as many as in training, unless it was
+        asked for others."""
+        if self.context_tokens is not None:
+            return self.context_tokens
         train = self.experiment.train
         return train.seq_len * (1 if train.carry == "none" else CARRIED_CONTEXTS)
 
@@ -173,7 +178,7 @@ class Subject:
             corpus = build_corpus(
                 tuple(str(path) for path in paths), tokenizer, text_field=data.text_field
             )
-            ids, documents = corpus.split("train", 0.0)
+            ids, documents = corpus.split("train", 0.0, joined=data.join_documents)
             held_out = HeldOut(tokenizer, [corpus.names[i] for i in ids], documents)
             place = f"--data {','.join(str(path) for path in paths)}"
         else:

@@ -149,3 +149,32 @@ def test_the_task_reads_twice(run, subject):
     np.testing.assert_allclose(found["bits_per_byte_first"], first, rtol=1e-4)
     np.testing.assert_allclose(found["bits_per_byte_second"], second, rtol=1e-4)
     np.testing.assert_allclose(found["second_over_first"], second / first, rtol=1e-4)
+
+
+def test_a_context_longer_than_training(run, subject, corpus):
+    """Pieces of four rows: the hits are those of a whole forward pass that knows as much before."""
+    length = 4 * SEQ_LEN
+    found = evaluate(run, task="bpb", context=length, max_tokens=2 * length)
+    assert found["context"] == length and found["by_position"][-1]["to"] == length
+    held_out = subject.held_out()
+    pieces = bits.cut_pieces(held_out, length, 2 * length)
+    logp = direct_logits(run, pieces.tokens)
+    nats = [
+        -logp[row, i, target]
+        for row, targets in enumerate(pieces.targets)
+        for i, target in enumerate(targets)
+        if pieces.valid[row, i]
+    ]
+    assert found["tokens"] == len(nats)
+    assert found["bits_per_byte"] == pytest.approx(np.mean(nats) / math.log(2), rel=1e-5)
+    with pytest.raises(BadInput, match="recall has rows of its own length"):
+        evaluate(run, task="recall", context=length)
+
+
+def test_joined_documents_stay_joined_where_other_text_is_given(run, subject, corpus):
+    data = dataclasses.replace(subject.experiment.data, join_documents=True)
+    joined = dataclasses.replace(subject.experiment, data=data)
+    paths = [corpus / "cmd.py", corpus / "csv.py"]
+    held_out = dataclasses.replace(subject, experiment=joined).held_out(paths)
+    whole = b"".join(path.read_bytes() for path in paths)
+    assert len(held_out) == 1 and held_out.content(0) == whole
