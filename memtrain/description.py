@@ -67,6 +67,8 @@ class BuildContext:
     depth: int = 1
     """Blocks in the model; output projections start smaller in deeper models."""
     dtypes: Dtypes = Dtypes()
+    norm_epsilon: float = 1e-6
+    """Of every RMS norm: added to the mean square."""
 
 
 @dataclass(frozen=True, kw_only=True)

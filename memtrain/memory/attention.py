@@ -52,6 +52,8 @@ class AttentionConfig(LayerDescription):
     """The first tokens of a document that stay visible outside the window."""
     rope_theta: float | None = 10_000.0
     """Base of the rotary frequencies; None leaves positions out."""
+    rotary_dim: int | None = None
+    """Channels of a head that are rotated, the first; all of them unless given."""
     qk_norm: bool = True
     """RMS norm of every query and key head (Henry et al. 2020; Dehghani et al. 2023)."""
     key_conv: int | None = None
@@ -63,6 +65,9 @@ class AttentionConfig(LayerDescription):
     there (docs/results/recall-early.md says what it is worth)."""
     soft_cap: float | None = None
     """Scores become cap * tanh(score / cap) (Gemma 2)."""
+    output_gate: bool = False
+    """What the heads read is multiplied with the sigmoid of a projection of x, a number a channel
+    (Qiu et al. 2025, arXiv 2505.06708; Qwen3-Next)."""
     backend: str | None = None
     """Kernel backend by name; chosen for the device unless given."""
 
@@ -71,6 +76,8 @@ class AttentionConfig(LayerDescription):
         at_least(self, "", {"key_conv": 2})
         above_zero(self, "", "soft_cap")
         above_zero(self, "", "rope_theta")
+        if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
+            raise ValueError(f"rotary_dim={self.rotary_dim}: it takes an even number, 2 or more")
         if self.backend is not None and self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r}: there are {', '.join(BACKENDS)}")
         kv_heads = self.num_kv_heads or self.num_heads
@@ -121,7 +128,10 @@ class Attention(Memory):
         self.head_dim = config.head_dim or dim // config.num_heads
         if self.head_dim < 1:
             raise ValueError(f"num_heads={config.num_heads}: a width of {dim} has no more heads")
-        if config.rope_theta is not None and self.head_dim % 2:
+        rotary_dim = config.rotary_dim or self.head_dim
+        if rotary_dim > self.head_dim:
+            raise ValueError(f"rotary_dim={rotary_dim}: a head has {self.head_dim} channels")
+        if config.rope_theta is not None and rotary_dim % 2:
             raise ValueError(
                 f"head_dim={self.head_dim} must be even for rotary positions: give an even "
                 "head_dim, other num_heads, or rope_theta=None"
@@ -144,8 +154,11 @@ class Attention(Memory):
             heads = self.query.weight[...].reshape(dim, self.num_kv_heads, group, self.head_dim)
             self.key.weight.set_value(heads[:, :, 0].reshape(dim, kv_dim))
         if config.qk_norm:
-            self.query_norm = RMSNorm(self.head_dim, dtypes=dtypes)
-            self.key_norm = RMSNorm(self.head_dim, dtypes=dtypes)
+            epsilon = context.norm_epsilon
+            self.query_norm = RMSNorm(self.head_dim, dtypes=dtypes, epsilon=epsilon)
+            self.key_norm = RMSNorm(self.head_dim, dtypes=dtypes, epsilon=epsilon)
+        if config.output_gate:
+            self.output_gate = linear(dim, query_dim, axes=("embed", "heads"))
 
     @property
     def spec(self) -> AttentionSpec:
@@ -204,7 +217,10 @@ class Attention(Memory):
         y, new_state = self._remember(q, k, v, state, ctx)
         if new_state is not None and tail is not None:
             new_state["key_conv"] = tail
-        return self.output(y.reshape(B, T, -1)), new_state, Aux()
+        y = y.reshape(B, T, -1)
+        if self.config.output_gate:
+            y = y * jax.nn.sigmoid(self.output_gate(x))
+        return self.output(y), new_state, Aux()
 
     def _heads(self, x, state: State | None, ctx: Context) -> tuple[Array, Array, Array, Any]:
         """Queries [B, T, H, D], keys and values [B, T, Hkv, D] as they are projected, and the
@@ -226,8 +242,8 @@ class Attention(Memory):
         if self.config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.config.rope_theta is not None:
-            q = apply_rope(q, ctx.positions, self.config.rope_theta)
-            k = apply_rope(k, ctx.positions, self.config.rope_theta)
+            rope = self.config.rope_theta, self.config.rotary_dim
+            q, k = apply_rope(q, ctx.positions, *rope), apply_rope(k, ctx.positions, *rope)
         if state is None:
             documents, _ = token_documents(jnp.zeros((B,), jnp.int32), ctx)
             spec = dataclasses.replace(self.spec, ordered=True)

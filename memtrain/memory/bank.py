@@ -61,6 +61,8 @@ class BankMemoryConfig(AttentionConfig):
             raise ValueError(
                 f"soft_cap={self.soft_cap}: a bank's scores are bounded already, leave it out"
             )
+        if self.output_gate:
+            raise ValueError("output_gate=True: a bank has its own gate, leave it out")
         if self.gradient_tokens > self.bank_size:
             raise ValueError(
                 f"gradient_tokens={self.gradient_tokens}: the bank has bank_size={self.bank_size}"

@@ -119,7 +119,7 @@ class GatedDelta(MatrixMemory):
             self.write_gate = into(H if config.write == "head" else H * V)
         if config.gate is not None:
             self.gate = into(H * V)
-        self.norm = RMSNorm(V, dtypes=context.dtypes)
+        self.norm = RMSNorm(V, dtypes=context.dtypes, epsilon=context.norm_epsilon)
         out_scale = (2 * context.depth) ** -0.5
         self.output = linear(H * V, context.dim, axes=("heads", "embed"), scale=out_scale)
 

@@ -75,9 +75,10 @@ class Mamba1(Memory):
         self.query = linear(self.inner, N, axes=("mlp", None))
         self.step = linear(rank, self.inner, axes=(None, "mlp"))
         if config.inner_norm:
-            self.step_norm = RMSNorm(rank, dtypes=dtypes)
-            self.key_norm = RMSNorm(N, dtypes=dtypes)
-            self.query_norm = RMSNorm(N, dtypes=dtypes)
+            epsilon = context.norm_epsilon
+            self.step_norm = RMSNorm(rank, dtypes=dtypes, epsilon=epsilon)
+            self.key_norm = RMSNorm(N, dtypes=dtypes, epsilon=epsilon)
+            self.query_norm = RMSNorm(N, dtypes=dtypes, epsilon=epsilon)
         self.step_bias, _ = draw_decay(self.inner, 1, dtypes.params, rngs, axis="mlp")
         # Every channel begins with rates 1 .. N (S4D-Real, Gu et al. 2022).
         rates = jnp.broadcast_to(jnp.arange(1, N + 1), (self.inner, N))

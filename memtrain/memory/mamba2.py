@@ -36,12 +36,15 @@ class Mamba2Config(LayerDescription):
     """Numbers that the state holds for each channel."""
     num_groups: int = 1
     """Heads share B and C in so many groups."""
+    norm_groups: int = 1
+    """The gated output is normed in so many runs of heads; with as many as `num_groups`, as in the
+    authors' code, nothing of one group depends on another."""
     conv: int = 4
     """Tokens that are convolved, the current one included."""
 
     def __post_init__(self):
         least = {"expand": 1, "head_dim": 1, "state_dim": 1, "num_groups": 1, "conv": 2}
-        at_least(self, "", least)
+        at_least(self, "", least | {"norm_groups": 1})
 
     def shape(self, dim: int) -> MatrixShape:
         """In a model of this width. Raises ValueError where heads or groups do not fit in it."""
@@ -55,6 +58,11 @@ class Mamba2Config(LayerDescription):
             raise ValueError(
                 f"num_groups={self.num_groups}: there are {heads} heads (expand * dim / head_dim), "
                 "no multiple of it"
+            )
+        if heads % self.norm_groups:
+            raise ValueError(
+                f"norm_groups={self.norm_groups}: there are {heads} heads (expand * dim / "
+                "head_dim), no multiple of it"
             )
         return MatrixShape(heads, self.num_groups, self.state_dim, self.head_dim)
 
@@ -79,7 +87,9 @@ class Mamba2(MatrixMemory):
         self.step_bias, self.log_rate = draw_decay(H, H, dtypes.params, rngs)
         self.skip = nnx.Param(jnp.ones((H,), dtypes.params), logical_axes=("heads",))
         self.gate = linear(context.dim, inner)
-        self.norm = RMSNorm(inner, dtypes=dtypes)
+        self.norm = RMSNorm(
+            inner, dtypes=dtypes, epsilon=context.norm_epsilon, groups=config.norm_groups
+        )
         out_scale = (2 * context.depth) ** -0.5
         self.output = linear(inner, context.dim, axes=("heads", "embed"), scale=out_scale)
 

@@ -154,9 +154,10 @@ class NGramMemory(Memory):
             width, dim, axes=("mlp", "embed"), dtypes=dtypes, rngs=rngs, scale=scale
         )
         self.key, self.value = linear(), linear((2 * context.depth) ** -0.5)
-        self.query_norm = RMSNorm(dim, dtypes=dtypes)
-        self.key_norm = RMSNorm(dim, dtypes=dtypes)
-        self.conv_norm = RMSNorm(dim, dtypes=dtypes)
+        epsilon = context.norm_epsilon
+        self.query_norm = RMSNorm(dim, dtypes=dtypes, epsilon=epsilon)
+        self.key_norm = RMSNorm(dim, dtypes=dtypes, epsilon=epsilon)
+        self.conv_norm = RMSNorm(dim, dtypes=dtypes, epsilon=epsilon)
         self.conv = DilatedConv(config.conv, self.reach, context)
 
     def state_spec(self, batch: int, capacity: int) -> dict[str, Any]:

@@ -77,12 +77,17 @@ def rms_normalize(x: Array, epsilon: float = 1e-6) -> Array:
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm with a learned scale."""
+    """Root-mean-square norm with a learned scale.
 
-    def __init__(self, dim: int, *, dtypes: Dtypes):
+    epsilon: added to the mean square.
+    groups: so many runs of the width, each normed by itself.
+    """
+
+    def __init__(self, dim: int, *, dtypes: Dtypes, epsilon: float = 1e-6, groups: int = 1):
         self.scale = nnx.Param(jnp.ones((dim,), dtypes.params), logical_axes=(None,))
-        self.dtypes = dtypes
+        self.dtypes, self.epsilon, self.groups = dtypes, epsilon, groups
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        y = rms_normalize(x) * self.scale[...].astype(jnp.float32)
-        return y.astype(self.dtypes.compute)
+        runs = x.reshape(*x.shape[:-1], self.groups, -1) if self.groups > 1 else x
+        y = rms_normalize(runs, self.epsilon).reshape(x.shape)
+        return (y * self.scale[...].astype(jnp.float32)).astype(self.dtypes.compute)

@@ -42,9 +42,19 @@ def rope_phases(
 
 
 def apply_rope(
-    x: Float[Array, "B T H D"], positions: Int[Array | np.ndarray, "B T"], theta: float
+    x: Float[Array, "B T H D"],
+    positions: Int[Array | np.ndarray, "B T"],
+    theta: float,
+    rotary_dim: int | None = None,
 ) -> Float[Array, "B T H D"]:
-    """Rotates feature i with feature i + D/2 by the phase of i. D is even; computed in float32."""
+    """Rotates feature i with feature i + D/2 by the phase of i. D is even; computed in float32.
+
+    rotary_dim: only so many features, the first, are rotated, as if the head had no others (Black
+      et al. 2022, GPT-NeoX-20B, arXiv 2204.06745).
+    """
+    if rotary_dim is not None and rotary_dim < x.shape[-1]:
+        turned = apply_rope(x[..., :rotary_dim], positions, theta)
+        return jnp.concatenate([turned, x[..., rotary_dim:]], axis=-1)
     phases = rope_phases(positions, x.shape[-1] // 2, theta)[:, :, None, :]
     cos, sin = jnp.cos(phases), jnp.sin(phases)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)

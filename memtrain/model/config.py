@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from memtrain.description import Dtypes, LayerDescription, at_least
+from memtrain.description import Dtypes, LayerDescription, above_zero, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,10 @@ class ModelConfig:
     vocab_size: int | None = None
     """The tokenizer's, unless given (a larger one leaves room)."""
     tied_embeddings: bool = True
+    norm_epsilon: float = 1e-6
+    """Added to the mean square by every RMS norm."""
+    embedding_scale: float | None = None
+    """What embeddings are multiplied with as they are read; sqrt(dim) unless given."""
     dtypes: Dtypes = field(default_factory=Dtypes)
     remat: RematPolicy = "none"
     """What the backward recomputes: nothing, whole blocks, or all but matrix products."""
@@ -48,3 +52,5 @@ class ModelConfig:
     def __post_init__(self):
         least = {"dim": 1, "repeats": 1, "vocab_size": 1, "scan_unroll": 1, "loss_chunk_tokens": 1}
         at_least(self, "model", least)
+        above_zero(self, "model", "norm_epsilon")
+        above_zero(self, "model", "embedding_scale")

@@ -70,11 +70,16 @@ class LanguageModel(nnx.Module):
             for layer in (block.mixer, block.ffn):
                 if layer is not None:
                     layer.check_vocab(vocab_size)
-        context = BuildContext(dim=dim, depth=len(pattern) * config.repeats, dtypes=dtypes)
+        context = BuildContext(
+            dim=dim,
+            depth=len(pattern) * config.repeats,
+            dtypes=dtypes,
+            norm_epsilon=config.norm_epsilon,
+        )
         draw = dim**-0.5 * jax.random.normal(rngs.params(), (vocab_size, dim), jnp.float32)
         self.embedding = nnx.Param(draw.astype(dtypes.params), logical_axes=("vocab", "embed"))
         self.blocks = nnx.List([self._stacked(block, context, rngs) for block in pattern])
-        self.final_norm = RMSNorm(dim, dtypes=dtypes)
+        self.final_norm = RMSNorm(dim, dtypes=dtypes, epsilon=config.norm_epsilon)
         if not config.tied_embeddings:
             # float32 results: the head's logits are what the loss is computed from.
             head = dataclasses.replace(dtypes, compute="float32")
@@ -95,8 +100,13 @@ class LanguageModel(nnx.Module):
         )
 
     def _stacked(self, block: BlockConfig, context: BuildContext, rngs: nnx.Rngs) -> Block:
-        keys = jax.random.split(rngs.params(), self.config.repeats)
-        return jax.vmap(lambda key: Block(block, context, rngs=nnx.Rngs(key)))(keys)
+        def build(key: Array) -> Block:
+            made = Block(block, context, rngs=nnx.Rngs(key))
+            for place in made.places().values():
+                place.norm.epsilon = context.norm_epsilon
+            return made
+
+        return jax.vmap(build)(jax.random.split(rngs.params(), self.config.repeats))
 
     @property
     def depth(self) -> int:
@@ -151,7 +161,8 @@ class LanguageModel(nnx.Module):
         )
         ctx = dataclasses.replace(ctx, begun=documents_begun(ctx))
         dtype = jnp.dtype(self.config.dtypes.compute)
-        x = (embed(self.embedding[...], tokens) * self.config.dim**0.5).astype(dtype)
+        scale = self.config.embedding_scale or self.config.dim**0.5
+        x = (embed(self.embedding[...], tokens) * scale).astype(dtype)
         if layers is not None or without or self._unrolls(tokens.shape[1]):
             layers = layers if layers is not None else self.layers()
             x, state, aux = run_unrolled(layers, x, state, ctx, without, self.config.remat, taps)

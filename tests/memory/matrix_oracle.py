@@ -78,7 +78,7 @@ def gated_delta(x, w: Weights, *, heads, key_heads, decay, erase, write, negativ
     return y @ w["output.weight"]
 
 
-def mamba2(x, w: Weights, *, heads, groups):
+def mamba2(x, w: Weights, *, heads, groups, norm_groups=1):
     """[T, D]. h = exp(-d A) h + d B x^T; y = h^T C + D x."""
     T = len(x)
     made = {}
@@ -96,7 +96,8 @@ def mamba2(x, w: Weights, *, heads, groups):
             )
             out[t, n] = h.T @ C[t, n] + w["skip"][n] * u[t, n]
     gated = out.reshape(T, -1) * silu(x @ w["gate.weight"])
-    return rms(gated, w["norm.scale"]) @ w["output.weight"]
+    scale = w["norm.scale"].reshape(norm_groups, -1)
+    return rms(gated.reshape(T, norm_groups, -1), scale).reshape(T, -1) @ w["output.weight"]
 
 
 def mamba1(x, w: Weights, *, inner_norm):

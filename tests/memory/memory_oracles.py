@@ -40,6 +40,7 @@ def attention(
     window: int | None = None,
     sinks: int = 0,
     theta: float | None = 10_000.0,
+    rotary_dim: int | None = None,
     soft_cap: float | None = None,
 ) -> np.ndarray:
     """One row, x [T, D]; documents [T], negative where invalid (output 0). A loop over queries."""
@@ -54,8 +55,9 @@ def attention(
         q = rms_normalize(q) * parameters["query_norm"]
         k = rms_normalize(k) * parameters["key_norm"]
     if theta is not None:
-        q = np.stack([rotate(q[t], int(positions[t]), theta) for t in range(T)])
-        k = np.stack([rotate(k[t], int(positions[t]), theta) for t in range(T)])
+        r = rotary_dim or q.shape[-1]
+        for a in (q, k):
+            a[..., :r] = [rotate(a[t, :, :r], int(positions[t]), theta) for t in range(T)]
     out = np.zeros((T, x.shape[1]))
     for t in range(T):
         seen = [
@@ -74,7 +76,10 @@ def attention(
             if soft_cap is not None:
                 scores = soft_cap * np.tanh(scores / soft_cap)
             heads_out.append(softmax(scores) @ v[seen, group])
-        out[t] = np.concatenate(heads_out) @ parameters["output"]
+        read = np.concatenate(heads_out)
+        if "output_gate" in parameters:
+            read = read / (1 + np.exp(-x[t] @ parameters["output_gate"]))
+        out[t] = read @ parameters["output"]
     return out
 
 

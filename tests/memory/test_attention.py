@@ -21,6 +21,9 @@ CONFIGS = {
     "window": AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4, window=4),
     "window-sinks": AttentionConfig(num_heads=2, head_dim=4, window=3, sink_tokens=2),
     "key-conv": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, key_conv=3),
+    "gated, partly rotated": AttentionConfig(
+        num_heads=4, num_kv_heads=2, head_dim=6, rotary_dim=4, output_gate=True
+    ),
     "window-key-conv": AttentionConfig(num_heads=2, head_dim=4, window=3, key_conv=2),
 }
 DIM = 12
@@ -48,6 +51,8 @@ def parameters(memory: Attention) -> dict[str, np.ndarray]:
     }
     if memory.config.key_conv is not None:
         out["key_conv"] = np.asarray(memory.key_conv.taps[...], np.float64)
+    if memory.config.output_gate:
+        out["output_gate"] = np.asarray(memory.output_gate.weight[...], np.float64)
     if memory.config.qk_norm:
         out["query_norm"] = np.asarray(memory.query_norm.scale[...], np.float64)
         out["key_norm"] = np.asarray(memory.key_norm.scale[...], np.float64)
@@ -84,6 +89,7 @@ def wanted(memory: Attention, x: np.ndarray, ctx: Context, documents: np.ndarray
                 window=config.window,
                 sinks=config.sink_tokens,
                 theta=config.rope_theta,
+                rotary_dim=config.rotary_dim,
                 soft_cap=config.soft_cap,
             )
             for r in range(len(x))

@@ -48,7 +48,8 @@ def oracle_of(layer: LayerDescription) -> Any:
         )
     if isinstance(layer, Mamba2):
         shape = layer.shape(DIM)
-        return lambda x, w: mamba2(x, w, heads=shape.num_heads, groups=layer.num_groups)
+        groups = {"groups": layer.num_groups, "norm_groups": layer.norm_groups}
+        return lambda x, w: mamba2(x, w, heads=shape.num_heads, **groups)
     assert isinstance(layer, Mamba1)
     return lambda x, w: mamba1(x, w, inner_norm=layer.inner_norm)
 
@@ -60,6 +61,7 @@ LAYERS = {
     "gated deltanet 2": GatedDeltaNet2(**SMALL),
     "gated linear attention": GatedLinearAttention(**SMALL),
     "mamba2": Mamba2(head_dim=6, state_dim=5, num_groups=2),
+    "mamba2, normed by group": Mamba2(head_dim=6, state_dim=5, num_groups=2, norm_groups=2),
     "mamba1": Mamba1(state_dim=5, step_rank=3),
     "jamba's mamba1": Mamba1(state_dim=5, step_rank=3, inner_norm=True),
 }
