@@ -43,7 +43,7 @@ def test_a_norm_adds_epsilon_to_the_mean_square():
 
 
 def test_the_scale_of_embeddings():
-    """An empty block: the final norm, with a large epsilon, sees the embeddings as they are read."""
+    """An empty block and a large epsilon: what comes out is the embeddings as they are read."""
     config = ModelConfig(dim=4, pattern=(Block(),), norm_epsilon=1e12)
     tokens, ctx = np.array([[0, 1]]), Context.of_documents(1, 2)
     parameters = Skeleton.of(config, 2).init(jax.random.key(0))
@@ -58,8 +58,8 @@ def test_the_scale_of_embeddings():
 @pytest.mark.parametrize(
     "layer, said",
     [
-        (dict(rotary_dim=3), "rotary_dim=3: it takes an even number"),
-        (dict(rotary_dim=6), "rotary_dim=6: a head has 4 channels"),
+        ({"rotary_dim": 3}, "rotary_dim=3: it takes an even number"),
+        ({"rotary_dim": 6}, "rotary_dim=6: a head has 4 channels"),
     ],
 )
 def test_channels_that_cannot_be_rotated(layer, said):
