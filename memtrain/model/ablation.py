@@ -26,7 +26,7 @@ def layer_label(layer: LayerDescription) -> str:
     if isinstance(layer, AttentionConfig) and not isinstance(layer, BankMemoryConfig):
         return "attention" if layer.window is None else "window"
     name = type(layer).__name__.removesuffix("Config").removesuffix("Memory")
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name or type(layer).__name__).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", name or type(layer).__name__).lower()
 
 
 def memory_names(config: ModelConfig) -> dict[str, list[tuple[int, str]]]:

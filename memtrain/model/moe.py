@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,6 @@ from memtrain_kernels import assign, grouped_matmul
 @dataclass(frozen=True)
 class MoEConfig(LayerDescription):
     """Description of `MoE`."""
-
-    split = ("hidden", "shared_hidden")
 
     num_experts: int
     top_k: int
@@ -51,6 +50,11 @@ class MoEConfig(LayerDescription):
     """Added to the loss: this times the mean of the squared log-sum-exp of the router's scores
     (Zoph et al. 2022, ST-MoE, arXiv 2202.08906)."""
 
+    parallel: Literal["hidden", "experts"] = "hidden"
+    """What of the experts the mesh's tensor axis splits. Hidden units: every device has a share of
+    each expert, and as much to do whatever the router chooses. Whole experts: wide products where
+    experts are narrow, but a device has what its experts are sent to do, and room for all of it."""
+
     def __post_init__(self):
         at_least(self, "", {"num_experts": 1, "top_k": 1, "hidden": 1, "shared_hidden": 1})
         at_least(self, "", {"balance_loss": 0, "z_loss": 0})
@@ -59,6 +63,10 @@ class MoEConfig(LayerDescription):
         if self.shared_gate and self.shared_hidden is None:
             raise ValueError("shared_gate is of the shared expert: give shared_hidden")
 
+    @property
+    def split(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("hidden", "shared_hidden") if self.parallel == "hidden" else ("shared_hidden",)
+
     def build(self, context: BuildContext, *, rngs: nnx.Rngs) -> MoE:
         return MoE(self, context, rngs=rngs)
 
@@ -66,9 +74,9 @@ class MoEConfig(LayerDescription):
 class MoE(Memory):
     """Routed SwiGLU experts. Its state is empty.
 
-    On a mesh the experts lie over the `tensor` axis, whose devices hold the same tokens: each
-    multiplies those that chose its own experts, and the results are added up; no token travels.
-    Where the axis does not divide the experts, every expert's hidden units are split instead.
+    On a mesh the `tensor` axis, whose devices hold the same tokens, splits the experts
+    (`MoEConfig.parallel`), and what its devices make of a token is added up; no token travels. Over
+    `fsdp` and `context` they are stored like all parameters, and gathered for use.
     """
 
     any_layout = True
@@ -85,7 +93,7 @@ class MoE(Memory):
             shape = (config.num_experts, inner, outer)
             draw = jax.random.truncated_normal(rngs.params(), -3, 3, shape, jnp.float32)
             weights = (scale * inner**-0.5 * draw).astype(dtypes.params)
-            return nnx.Param(weights, logical_axes=("experts", *axes))
+            return nnx.Param(weights, logical_axes=self._axes(*axes))
 
         self.gate = experts(dim, hidden, ("embed", "mlp"))
         self.input = experts(dim, hidden, ("embed", "mlp"))
@@ -94,6 +102,12 @@ class MoE(Memory):
             self.shared = SwiGLU(SwiGLUConfig(config.shared_hidden), context, rngs=rngs)
         if config.shared_gate:
             self.shared_gate = Linear(dim, 1, axes=("embed", None), dtypes=dtypes, rngs=rngs)
+
+    def _axes(self, *axes: str | None) -> tuple[str | None, ...]:
+        """Logical axes of experts' matrices, of which either experts or hidden units are split."""
+        if self.config.parallel == "hidden":
+            return (None, *axes)
+        return ("experts", *(None if axis == "mlp" else axis for axis in axes))
 
     def state_spec(self, batch: int, capacity: int) -> dict:
         return {}
@@ -146,7 +160,9 @@ class MoE(Memory):
         split = split_here()
         if split is None:
             return run(*matrices, x, weights, experts)
-        by_expert, inward, outward = split.experts(matrices[0].shape)
+        inward = split.gathered(self._axes("embed", "mlp"), matrices[0].shape)
+        outward = split.gathered(self._axes("mlp", "embed"), matrices[2].shape)
+        by_expert = inward[0]
         axes = by_expert or inward[2]
 
         def local(gate, inp, out, x, weights, experts):

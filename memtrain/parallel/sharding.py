@@ -27,7 +27,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
-    "experts": "tensor",  # before their hidden units, which are split where it does not divide them
+    "experts": "tensor",
     "slots": ("fsdp", "context"),  # rows of memory tables
     "value_dim": "tensor",
     "layers": None,
@@ -110,12 +110,11 @@ class Split:
         """Of the head [V, D], gathered along D."""
         return PartitionSpec(partition_spec(("vocab", None), self.mesh, shape)[0], None)
 
-    def experts(self, shape: Sequence[int]) -> tuple[str | None, PartitionSpec, PartitionSpec]:
-        """Of experts' matrices [E, D, F] and [E, F, D], gathered along D, and the mesh axis over
-        which whole experts lie; None where their hidden units are split, or nothing is."""
-        entries = partition_spec(("experts", None, "mlp"), self.mesh, shape)
-        experts, hidden = entries[0], entries[2]
-        return experts, entries, PartitionSpec(experts, hidden, None)
+    def gathered(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+        """Of a parameter with these logical axes as it is used: gathered along the model's width,
+        over whose parts it is only stored."""
+        kept = [None if axis == "embed" else axis for axis in axes]
+        return partition_spec(kept, self.mesh, shape)
 
 
 def split_here() -> Split | None:

@@ -14,13 +14,14 @@ from memtrain.layers import Block, ModelConfig, MoE
 from memtrain.memory import Context
 from memtrain.model.flops import forward_flops
 from memtrain.model.language_model import LanguageModel
-from memtrain.parallel.sharding import Split
+from memtrain.parallel.sharding import Split, partition_spec
 from memtrain.testing import LAWS, check_laws
 from memtrain.testing.placing import mesh_of_sizes
 
 
 DIM, EXPERTS, HIDDEN = 16, 6, 10
 PLAIN = MoE(EXPERTS, 2, hidden=HIDDEN, z_loss=1e-3)
+WHOLE = dataclasses.replace(PLAIN, parallel="experts")
 SHARED = MoE(5, 2, hidden=12, normalize=False, shared_hidden=8, shared_gate=True)
 
 
@@ -137,7 +138,7 @@ def test_gradients_of_the_dense_mixture():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("config", [PLAIN, SHARED], ids=["plain", "shared"])
+@pytest.mark.parametrize("config", [WHOLE, SHARED], ids=["whole experts", "shared"])
 def test_every_law(config):
     report = check_laws(law_instance(config))
     assert [o.law for o in report.outcomes] == list(LAWS)
@@ -152,21 +153,17 @@ def test_equal_scores_go_to_the_first():
     assert np.array_equal(weights, np.full((1, 3, 2), 0.5))
 
 
-def test_experts_lie_over_the_tensor_axis():
-    split = Split(mesh_of_sizes((2, 1, 2, 2)))
-    whole = split.experts((EXPERTS, DIM, HIDDEN))
-    assert whole == (
-        "tensor",
-        PartitionSpec("tensor", None, None),
-        PartitionSpec("tensor", None, None),
-    )
-    # Five experts on two devices: each has half of every one.
-    halves = split.experts((5, DIM, HIDDEN))
-    assert halves == (
-        None,
-        PartitionSpec(None, None, "tensor"),
-        PartitionSpec(None, "tensor", None),
-    )
+def test_what_the_tensor_axis_splits():
+    """Of the inward matrices [E, D, F]: hidden units, or whole experts. D is split in storage."""
+    mesh = mesh_of_sizes((2, 1, 2, 2))
+    for config, stored, used in (
+        (PLAIN, (None, "context", "tensor"), (None, None, "tensor")),
+        (WHOLE, ("tensor", "context", None), ("tensor", None, None)),
+    ):
+        gate = built(config).gate
+        axes = gate.get_metadata("logical_axes")
+        assert partition_spec(axes, mesh, gate.shape) == PartitionSpec(*stored)
+        assert Split(mesh).gathered(axes, gate.shape) == PartitionSpec(*used)
 
 
 def test_flops_are_those_of_the_chosen_experts():

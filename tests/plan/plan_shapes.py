@@ -10,6 +10,7 @@ from memtrain.layers import (
     GatedDelta,
     Mamba1,
     ModelConfig,
+    MoE,
     ProductKeyMemory,
     SwiGLU,
     Window,
@@ -55,6 +56,7 @@ WIDE = BlockConfig(mixer=Attention(num_heads=8, num_kv_heads=4), ffn=SwiGLU(hidd
 DELTA = BlockConfig(mixer=GatedDelta(num_heads=4, head_dim=64), ffn=SwiGLU(hidden=512))
 MAMBA1 = BlockConfig(mixer=Mamba1(), ffn=SwiGLU(hidden=512))
 NEAR = Window(128, num_heads=4)
+EXPERTS = BlockConfig(mixer=NEAR, ffn=MoE(8, 2, hidden=512))
 MEMORY = (Window(128, num_heads=4), Block(mixer=Attention(num_heads=4), ffn=TABLE))
 LARGE_TABLE = (
     Window(128, num_heads=4),

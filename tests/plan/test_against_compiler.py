@@ -4,6 +4,7 @@ import pytest
 from plan_shapes import (
     DELTA,
     DENSE,
+    EXPERTS,
     LARGE_TABLE,
     MAMBA1,
     MEMORY,
@@ -47,6 +48,8 @@ SHAPES = {
         experiment(DELTA, NEAR, rows=4, seq_len=2048, repeats=1), 8
     ),
     "a selective scan": lambda: experiment(MAMBA1, NEAR, repeats=1),
+    "experts": lambda: experiment(EXPERTS),
+    "experts, on two axes": lambda: experiment(EXPERTS, rows=16, mesh=MeshConfig(fsdp=2, tensor=4)),
     "wide, on three axes": lambda: experiment(
         WIDE, rows=4, dim=512, mesh=MeshConfig(fsdp=2, context=2, tensor=2)
     ),

@@ -125,12 +125,12 @@ def test_a_model_of_llamas_shape_declares_the_same_cache():
 def test_kinds_of_layers_by_hand():
     kinds = {kind.kind: kind for kind in kinds_of_layers(MIXED, vocab_size=16, seq_len=10)}
     assert kinds["attention"].parameters == 3 * ATTENTION
-    assert kinds["swi_glu"].parameters == 3 * SWIGLU
+    assert kinds["swiglu"].parameters == 3 * SWIGLU
     assert kinds["product_key"].parameters == 3 * PRODUCT_KEY
     assert kinds["table"].parameters == TABLE
     assert kinds["embedding and head"].parameters == EMBEDDING
-    assert [kinds[k].layers for k in ("attention", "swi_glu", "product_key")] == [3, 3, 3]
-    assert kinds["swi_glu"].flops.total == 2 * 3 * 3 * 8 * 12
+    assert [kinds[k].layers for k in ("attention", "swiglu", "product_key")] == [3, 3, 3]
+    assert kinds["swiglu"].flops.total == 2 * 3 * 3 * 8 * 12
     # Of ten tokens, one sees 5.5 on average; a product for the score and one for the value.
     assert kinds["attention"].flops.attention == pytest.approx(3 * 4 * 5.5 * 8)
     assert kinds["product_key"].flops.memory == 3 * (2 * 2 * 4 * 4 + 2 * 2 * 2 * 6)
