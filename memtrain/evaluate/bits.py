@@ -50,10 +50,11 @@ class Pieces:
         return found
 
 
-def cut_pieces(held_out: HeldOut, length: int, max_tokens: int) -> Pieces:
+def cut_pieces(held_out: HeldOut, length: int, max_tokens: int, *, whole: bool = False) -> Pieces:
     """Pieces of `length` tokens, a shorter one at the end of each document.
 
-    If all hold more than `max_tokens`, as many as fit are taken at even distances from each other.
+    If all hold more than `max_tokens`, as many as fit are taken at even distances from each other;
+    whole: of the pieces that are `length` tokens long, where there are so many.
     """
     places = [
         (document, begin)
@@ -63,7 +64,9 @@ def cut_pieces(held_out: HeldOut, length: int, max_tokens: int) -> Pieces:
     most = max(1, max_tokens // length)
     taken = places
     if len(places) > most:
-        taken = [places[int((i + 0.5) * len(places) / most)] for i in range(most)]
+        long = [(d, b) for d, b in places if b + length < len(held_out.tokens(d))]
+        among = long if whole and len(long) >= most else places
+        taken = [among[int((i + 0.5) * len(among) / most)] for i in range(most)]
     tokens = np.zeros((len(taken), length), np.int32)
     targets, valid = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
     for row, (document, begin) in enumerate(taken):

@@ -75,7 +75,9 @@ def _bits(
 ) -> dict[str, Any]:
     subject.need_tokenizer("bpb")
     held_out = subject.held_out(paths)
-    pieces = bits.cut_pieces(held_out, subject.context, max_tokens)
+    # Who asks for so much context wants all of it to be read.
+    asked = subject.context_tokens is not None
+    pieces = bits.cut_pieces(held_out, subject.context, max_tokens, whole=asked)
     engine = subject.engine(without=without, batch=min(BATCH, len(pieces.tokens)))
     per_token = bits.bytes_per_token(pieces, held_out)
     nll = bits.piece_losses(engine, pieces)

@@ -98,6 +98,9 @@ def test_a_part_of_the_text_is_spread_evenly(subject):
         begin, count = int(some.begin[row]), int(some.valid[row].sum())
         assert (some.tokens[row, :count] == text[begin : begin + count]).all()
         assert (some.targets[row, :count] == text[begin + 1 : begin + count + 1]).all()
+    long = 1500  # tokens: a file has one such piece, and the rest
+    assert not bits.cut_pieces(held_out, long, long * len(held_out)).valid.all()
+    assert bits.cut_pieces(held_out, long, long * len(held_out), whole=True).valid.all()
     history, wanted = some.in_bytes(held_out)[3]
     content, begin = held_out.content(int(some.document[3])), int(some.begin[3])
     assert content[begin + 1 :].startswith(wanted.tobytes())
@@ -157,7 +160,7 @@ def test_a_context_longer_than_training(run, subject, corpus):
     found = evaluate(run, task="bpb", context=length, max_tokens=2 * length)
     assert found["context"] == length and found["by_position"][-1]["to"] == length
     held_out = subject.held_out()
-    pieces = bits.cut_pieces(held_out, length, 2 * length)
+    pieces = bits.cut_pieces(held_out, length, 2 * length, whole=True)
     logp = direct_logits(run, pieces.tokens)
     nats = [
         -logp[row, i, target]
