@@ -11,6 +11,7 @@ loading.json with the keys that were missing or unexpected. Says "done" after OU
 Imports torch and transformers, and nothing of memtrain.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import json
