@@ -30,7 +30,7 @@ class Place(nnx.Module):
     def __init__(
         self, layer: LayerDescription, context: BuildContext, *, gated: bool, rngs: nnx.Rngs
     ):
-        self.norm = RMSNorm(context.dim, dtypes=context.dtypes)
+        self.norm = RMSNorm(context.dim, dtypes=context.dtypes, epsilon=context.norm_epsilon)
         self.layer = layer.build(context, rngs=rngs)
         self.gated = gated
         if gated:

@@ -100,13 +100,8 @@ class LanguageModel(nnx.Module):
         )
 
     def _stacked(self, block: BlockConfig, context: BuildContext, rngs: nnx.Rngs) -> Block:
-        def build(key: Array) -> Block:
-            made = Block(block, context, rngs=nnx.Rngs(key))
-            for place in made.places().values():
-                place.norm.epsilon = context.norm_epsilon
-            return made
-
-        return jax.vmap(build)(jax.random.split(rngs.params(), self.config.repeats))
+        keys = jax.random.split(rngs.params(), self.config.repeats)
+        return jax.vmap(lambda key: Block(block, context, rngs=nnx.Rngs(key)))(keys)
 
     @property
     def depth(self) -> int:
