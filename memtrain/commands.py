@@ -188,8 +188,8 @@ class Evaluate:
     ] = ()
     """Text to measure on: the held-out part of the run's own data unless given."""
     context: Annotated[int | None, arg(metavar="TOKENS", help_behavior_hint="")] = None
-    """bpb, reread: tokens that are read from an empty memory, however many a row of training has;
-    one row of training, or eight where memory is carried from row to row, unless given."""
+    """Tokens that are read from an empty memory, however many a row of training has; one row of
+    training, or eight where memory is carried from row to row, unless given. Not of recall."""
     without: Without = ()
     """A memory to switch off."""
     set: Annotated[

@@ -36,7 +36,8 @@ def evaluate(
     facts: facts of a table, taught in training, answered right.
     associative, copy, mqar, recall: answers right, by distance from what was told to the question.
     reread: bits per byte of held-out text (or of `data`) read a first and a second time.
-    context: of bpb and reread, tokens read from an empty memory; as `Subject.context` unless given.
+    context: tokens read from an empty memory (a row, of a generated task); as `Subject.context`
+        unless given. Not of recall.
     without: memories that are left out, see `memtrain.model.ablation`.
     settings: "data.TASK.KEY=VALUE" in place of what the model was trained on: other facts, more
         pairs.
@@ -45,8 +46,8 @@ def evaluate(
     """
     subject = Subject.open(Path(target), settings)
     if context is not None:
-        if task not in ("bpb", "reread"):
-            raise BadInput(f"--task {task} has rows of its own length: leave out --context")
+        if task == "recall":
+            raise BadInput("--task recall has rows of its own length: leave out --context")
         subject = dataclasses.replace(subject, context_tokens=context)
     paths = [Path(path) for path in data or ()]
     found = {

@@ -119,14 +119,16 @@ class Subject:
         """What the run reads. Raises BadInput where its data are not on this machine, or others
         than it was trained on: what was held out then may have been learned since.
         """
-        train = self.experiment.train
+        train, data = self.experiment.train, self.experiment.data
+        # Rows of a generated task are as long as is asked for; pieces of text are cut from it.
+        longer = self.context_tokens if data.generated else None
         pipeline = build_pipeline(
-            self.experiment.data,
-            seq_len=train.seq_len,
+            data,
+            seq_len=longer or train.seq_len,
             batch_size=train.batch_size,
             seed=train.seed,
         )
-        if self.fingerprint is not None:
+        if self.fingerprint is not None and longer is None:
             try:
                 check_fingerprint(self.fingerprint, pipeline.fingerprint())
             except BadInput as error:

@@ -1,5 +1,7 @@
 """Tasks instead of text, through the decode path."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,18 @@ def test_other_facts_than_were_taught_are_asked_for(facts_run):
     ):
         with pytest.raises(BadInput, match=message):
             evaluate(facts_run, task="facts", settings=[setting])
+
+
+def test_rows_of_another_length(facts_run):
+    """Twice as many facts in a row; each is read without the others, so answers are the same."""
+    every = evaluate(facts_run, task="facts")
+    subject = Subject.open(facts_run)
+    length = 2 * subject.experiment.train.seq_len
+    longer = evaluate(facts_run, task="facts", context=length)
+    assert longer["questions"] == every["questions"]
+    assert longer["accuracy"] == pytest.approx(every["accuracy"])
+    asked = dataclasses.replace(subject, context_tokens=length)
+    assert generated.task_questions(asked, "facts", 1000).tokens.shape[1] == length
 
 
 def test_facts_are_reported_without_distances(facts_run):
