@@ -93,6 +93,12 @@ def test_test_chooses_by_marker_and_passes_the_rest_on(checkout: Path) -> None:
 
 def test_test_refuses_in_one_line(checkout: Path) -> None:
     assert calls(checkout, "tools/test", "--fast", "--slow", code=2) == []
+    assert calls(checkout, "tools/test", "--parity", "--slow", code=2) == []
+
+
+def test_test_compares_with_an_oracle_that_is_there(checkout: Path) -> None:
+    call = calls(checkout, "tools/test", "--parity", "-x", MEMTRAIN_PARITY_PYTHON="/a/python")[-1]
+    assert call == "python -m pytest -m parity tests/interop/test_parity.py -x"
 
 
 def test_test_on_the_floor_uses_an_environment_of_its_own(checkout: Path) -> None:
