@@ -21,10 +21,10 @@ from jaxtyping import Array, Float
 
 from memtrain.description import BuildContext, LayerDescription, at_least
 from memtrain.memory.primitives import Linear
-from memtrain.memory.protocol import Aux, Context, LeafSpec, Memory, State, Transition
+from memtrain.memory.protocol import Aux, Context, LeafSpec, State, Transition
+from memtrain.memory.recurrent import Recurrent
 from memtrain.memory.short_conv import ShortConv, ShortConvConfig
-from memtrain.memory.tail import join_tails, run_tail
-from memtrain.parallel.recurrence import over_stretches
+from memtrain.memory.tail import run_tail
 
 
 _SHARPNESS = 8.0
@@ -58,13 +58,13 @@ class LinearRecurrenceConfig(LayerDescription):
         return LinearRecurrence(self, context, rngs=rngs)
 
 
-class LinearRecurrence(Memory):
+class LinearRecurrence(Recurrent):
     """A gated linear recurrence. Its state is one float32 number a channel, and the convolution's.
 
     Tokens may be sharded over devices: transitions are (product of decays, sum from empty).
     """
 
-    any_layout = True
+    scanned = "hidden"
 
     def __init__(self, config: LinearRecurrenceConfig, context: BuildContext, *, rngs: nnx.Rngs):
         self.config, dtypes = config, context.dtypes
@@ -86,10 +86,8 @@ class LinearRecurrence(Memory):
         rate = jnp.log(jnp.expm1(-jnp.log(drawn) / _SHARPNESS))  # softplus undone
         self.rate = nnx.Param(rate.astype(dtypes.params), logical_axes=("mlp",))
 
-    @property
-    def transition_rounds(self) -> int:  # type: ignore[override]
-        """The convolution's tail first, where there is one."""
-        return 1 if self.config.conv is None else 2
+    def _convs(self) -> dict[str, ShortConv]:
+        return {} if self.config.conv is None else {"conv": self.conv}
 
     def state_spec(self, batch: int, capacity: int) -> dict[str, Any]:
         # A sum over many tokens stays float32, whatever the dtype of the activations.
@@ -100,25 +98,10 @@ class LinearRecurrence(Memory):
             spec["conv"] = self.conv.state_spec(batch, capacity)
         return spec
 
-    def __call__(
-        self, x: Float[Array, "B T D"], state: State | None, ctx: Context
-    ) -> tuple[Float[Array, "B T D"], State | None, Aux]:
-        if ctx.layout.devices > 1:
-            return over_stretches(self, x, state, ctx, begin=self._begin, end=self._end)
-        transition, work = self._begin(x, ctx, state)
-        y, aux = self._end(work, state)
-        return y, None if state is None else self.advance(state, transition), aux
-
-    def transition(
-        self, x: Float[Array, "B T D"], ctx: Context, before: State | None
-    ) -> Transition:
-        """{"kept", "sum"} float32 [B, N], and the convolution's tail."""
-        return self._begin(x, ctx, before)[0]
-
     def _begin(
         self, x: Float[Array, "B T D"], ctx: Context, before: State | None
     ) -> tuple[Transition, tuple[Array, Array, Array]]:
-        """The transition, and what the outputs are made of once the entering state is known."""
+        """The transition is {"kept", "sum"}, float32 [B, N], and the convolution's tail."""
         u, tail = x, {}
         if self.config.conv is not None:
             u, _, _ = self.conv(x, None if before is None else before["conv"], ctx)
@@ -127,7 +110,7 @@ class LinearRecurrence(Memory):
         return {"kept": kept[:, -1], "sum": h[:, -1], **tail}, (x, kept, h)
 
     def _end(
-        self, work: tuple[Array, Array, Array], state: State | None
+        self, ctx: Context, work: tuple[Array, Array, Array], state: State | None
     ) -> tuple[Float[Array, "B T D"], Aux]:
         x, kept, h = work
         if state is not None:
@@ -148,24 +131,14 @@ class LinearRecurrence(Memory):
         element = jnp.where(valid, decay, 1.0), jnp.where(valid, new, 0.0)
         return jax.lax.associative_scan(_join, element, axis=1)
 
-    def compose(self, first: Transition, then: Transition) -> Transition:
+    def _follow(self, first: Transition, then: Transition) -> dict[str, Any]:
         """Products of decays, and sums decayed by what follows them."""
         kept, total = _join((first["kept"], first["sum"]), (then["kept"], then["sum"]))
-        tail = {} if self.config.conv is None else {"conv": join_tails(first["conv"], then["conv"])}
-        return {"kept": kept, "sum": total, **tail}
+        return {"kept": kept, "sum": total}
 
-    def advance(self, state: State, transition: Transition) -> State:
+    def _advance(self, state: State, transition: Transition) -> Array:
         """kept * hidden + sum."""
-        hidden = transition["kept"] * state["hidden"] + transition["sum"]
-        if self.config.conv is None:
-            return {"hidden": hidden}
-        return {"hidden": hidden, "conv": join_tails(state["conv"], transition["conv"])}
-
-    def live_state(self, state: State) -> State:
-        """The convolution's inputs of earlier documents are set to zero."""
-        if self.config.conv is None:
-            return state
-        return {**state, "conv": self.conv.live_state(state["conv"])}
+        return transition["kept"] * state["hidden"] + transition["sum"]
 
 
 def _join(first: tuple[Array, Array], then: tuple[Array, Array]) -> tuple[Array, Array]:

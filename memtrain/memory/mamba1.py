@@ -22,10 +22,10 @@ from jaxtyping import Array, Float
 from memtrain.description import BuildContext, LayerDescription, at_least
 from memtrain.memory.matrix import draw_decay
 from memtrain.memory.primitives import Linear, RMSNorm
-from memtrain.memory.protocol import Aux, Context, LeafSpec, Memory, State, Transition
+from memtrain.memory.protocol import Aux, Context, LeafSpec, State, Transition
+from memtrain.memory.recurrent import Recurrent
 from memtrain.memory.short_conv import ShortConv, ShortConvConfig
-from memtrain.memory.tail import join_tails, run_tail
-from memtrain.parallel.recurrence import over_stretches
+from memtrain.memory.tail import run_tail
 from memtrain_kernels import selective_scan, selective_transition
 
 
@@ -51,12 +51,11 @@ class Mamba1Config(LayerDescription):
         return Mamba1(self, context, rngs=rngs)
 
 
-class Mamba1(Memory):
+class Mamba1(Recurrent):
     """A selective scan. Its state is `state_dim` float32 numbers a channel, and the convolution's
     tail. Tokens may be sharded over devices."""
 
-    any_layout = True
-    transition_rounds = 2
+    scanned = "hidden"
 
     def __init__(self, config: Mamba1Config, context: BuildContext, *, rngs: nnx.Rngs):
         dim, dtypes = context.dim, context.dtypes
@@ -95,39 +94,37 @@ class Mamba1(Memory):
             "conv": self.conv.state_spec(batch, capacity),
         }
 
-    def __call__(
+    def _convs(self) -> dict[str, ShortConv]:
+        return {"conv": self.conv}
+
+    def _run(
         self, x: Float[Array, "B T D"], state: State | None, ctx: Context
     ) -> tuple[Float[Array, "B T D"], State | None, Aux]:
-        if ctx.layout.devices > 1:
-            return over_stretches(self, x, state, ctx, begin=self._begin, end=self._end)
-        run, query, tail = self._run(x, state, ctx)
+        run, query, tail = self._inputs(x, state, ctx)
         hidden = None if state is None else state["hidden"]
         out, hidden = selective_scan(**run, query=query, state=hidden)
         y = self._output(x, out, run["value"])
         return y, None if state is None else {"hidden": hidden, "conv": tail}, Aux()
 
-    def transition(
-        self, x: Float[Array, "B T D"], ctx: Context, before: State | None
-    ) -> Transition:
-        """{"hidden": `SelectiveTransition`}, and the convolution's tail."""
-        return self._begin(x, ctx, before)[0]
-
     def _begin(
         self, x: Float[Array, "B T D"], ctx: Context, before: State | None
     ) -> tuple[Transition, Any]:
-        run, query, _ = self._run(x, before, ctx)
+        run, query, _ = self._inputs(x, before, ctx)
         tail = run_tail(self.value(x), ctx, self.config.conv - 1)
         # The rates are the layer's, and no part of a stretch.
         tokens = {name: a for name, a in run.items() if name != "rate"}
         return {"hidden": selective_transition(**run), "conv": tail}, (x, tokens, query)
 
-    def _end(self, work: Any, state: State) -> tuple[Float[Array, "B T D"], Aux]:
+    def _end(
+        self, ctx: Context, work: Any, state: State | None
+    ) -> tuple[Float[Array, "B T D"], Aux]:
         x, tokens, query = work
+        hidden = None if state is None else state["hidden"]
         rate = jnp.exp(self.log_rate[...].astype(jnp.float32))
-        out, _ = selective_scan(**tokens, rate=rate, query=query, state=state["hidden"])
+        out, _ = selective_scan(**tokens, rate=rate, query=query, state=hidden)
         return self._output(x, out, tokens["value"]), Aux()
 
-    def _run(
+    def _inputs(
         self, x: Float[Array, "B T D"], state: State | None, ctx: Context
     ) -> tuple[dict[str, Any], Array, State | None]:
         """Arguments of the scan, its query, and the convolution's tail after the call."""
@@ -152,16 +149,3 @@ class Mamba1(Memory):
     def _output(self, x: Float[Array, "B T D"], out: Array, u: Array) -> Float[Array, "B T D"]:
         y = out + self.skip[...].astype(out.dtype) * u
         return self.output(y * jax.nn.silu(self.gate(x)))
-
-    def compose(self, first: Transition, then: Transition) -> Transition:
-        """Factors and sums, one after the other."""
-        tail = join_tails(first["conv"], then["conv"])
-        return {"hidden": first["hidden"].then(then["hidden"]), "conv": tail}
-
-    def advance(self, state: State, transition: Transition) -> State:
-        tail = join_tails(state["conv"], transition["conv"])
-        return {"hidden": transition["hidden"].advance(state["hidden"]), "conv": tail}
-
-    def live_state(self, state: State) -> State:
-        """The convolution's inputs of earlier documents are set to zero."""
-        return {**state, "conv": self.conv.live_state(state["conv"])}

@@ -7,7 +7,6 @@ decide how the matrix fades and what is erased; `memtrain_kernels.gated_delta` d
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -19,11 +18,11 @@ from jaxtyping import Array, Float
 
 from memtrain.description import BuildContext
 from memtrain.memory.primitives import Linear
-from memtrain.memory.protocol import Aux, Context, LeafSpec, Memory, State, Transition
+from memtrain.memory.protocol import Aux, Context, LeafSpec, State, Transition
+from memtrain.memory.recurrent import Recurrent
 from memtrain.memory.short_conv import ShortConv, ShortConvConfig
-from memtrain.memory.tail import join_tails, run_tail
-from memtrain.parallel.recurrence import over_stretches
-from memtrain_kernels import DeltaTransition, gated_delta, gated_delta_transition
+from memtrain.memory.tail import run_tail
+from memtrain_kernels import gated_delta, gated_delta_transition
 
 
 PARTS = ("query", "key", "value")
@@ -45,14 +44,14 @@ class MatrixShape:
         return self.num_key_heads * self.key_dim
 
 
-class MatrixMemory(Memory):
+class MatrixMemory(Recurrent):
     """Base. A subclass gives `_control` and `_output`.
 
     Its state is a float32 matrix a head, and the convolutions' tails. Tokens may be sharded over
     devices: transitions are affine maps of the matrices.
     """
 
-    any_layout = True
+    scanned = "matrix"
 
     query_scale: float | None = None
     """Queries are scaled by key_dim^-0.5 unless given."""
@@ -96,11 +95,6 @@ class MatrixMemory(Memory):
         """The layer's output, of what was read and the values of the tokens themselves."""
         raise NotImplementedError(f"{type(self).__name__} has no output")
 
-    @property
-    def transition_rounds(self) -> int:  # type: ignore[override]
-        """The convolutions' tails first, where there are any."""
-        return 1 if self.conv_config is None else 2
-
     def state_spec(self, batch: int, capacity: int) -> dict[str, Any]:
         # A sum over many tokens stays float32, whatever the dtype of the activations.
         shape = (batch, self.shape.num_heads, self.shape.key_dim, self.shape.value_dim)
@@ -110,23 +104,14 @@ class MatrixMemory(Memory):
             **{name: conv.state_spec(batch, capacity) for name, conv in self._convs().items()},
         }
 
-    def __call__(
+    def _run(
         self, x: Float[Array, "B T D"], state: State | None, ctx: Context
     ) -> tuple[Float[Array, "B T D"], State | None, Aux]:
-        if ctx.layout.devices > 1:
-            end = functools.partial(self._end, ctx)
-            return over_stretches(self, x, state, ctx, begin=self._begin, end=end)
         inputs, tails = self._inputs(x, state, ctx)
         matrix = None if state is None else state["matrix"]
         out, matrix = gated_delta(**inputs, state=matrix, scale=self.query_scale)
         y, aux = self._output(x, out, inputs["value"]), self._aux(inputs, ctx)
         return y, None if state is None else {"matrix": matrix, **tails}, aux
-
-    def transition(
-        self, x: Float[Array, "B T D"], ctx: Context, before: State | None
-    ) -> Transition:
-        """{"matrix": `DeltaTransition`}, and the convolutions' tails."""
-        return self._begin(x, ctx, before)[0]
 
     def _begin(
         self, x: Float[Array, "B T D"], ctx: Context, before: State | None
@@ -141,10 +126,11 @@ class MatrixMemory(Memory):
         return transition, (x, inputs)
 
     def _end(
-        self, ctx: Context, work: tuple[Array, dict[str, Any]], state: State
+        self, ctx: Context, work: tuple[Array, dict[str, Any]], state: State | None
     ) -> tuple[Float[Array, "B T D"], Aux]:
         x, inputs = work
-        out, _ = gated_delta(**inputs, state=state["matrix"], scale=self.query_scale)
+        matrix = None if state is None else state["matrix"]
+        out, _ = gated_delta(**inputs, state=matrix, scale=self.query_scale)
         return self._output(x, out, inputs["value"]), self._aux(inputs, ctx)
 
     def _inputs(
@@ -175,21 +161,6 @@ class MatrixMemory(Memory):
                 count = jnp.maximum(jnp.sum(inputs["valid"]), 1)
                 metrics[name] = jnp.sum(jnp.where(inputs["valid"], a, 0)) / count
         return Aux(metrics=metrics)
-
-    def compose(self, first: Transition, then: Transition) -> Transition:
-        """Affine maps of the matrices, one after the other."""
-        tails = {name: join_tails(first[name], then[name]) for name in self._convs()}
-        return {"matrix": first["matrix"].then(then["matrix"]), **tails}
-
-    def advance(self, state: State, transition: Transition) -> State:
-        matrix: DeltaTransition = transition["matrix"]
-        tails = {name: join_tails(state[name], transition[name]) for name in self._convs()}
-        return {"matrix": matrix.advance(state["matrix"]), **tails}
-
-    def live_state(self, state: State) -> State:
-        """The convolutions' inputs of earlier documents are set to zero."""
-        live = {name: conv.live_state(state[name]) for name, conv in self._convs().items()}
-        return {**state, **live}
 
     def _convs(self) -> dict[str, ShortConv]:
         if self.conv_config is None:
