@@ -10,7 +10,8 @@ One pair of key and value stands at the beginning of a row, noise follows, and i
 again and asks for its value: the smallest form of RULER's single needles (Hsieh et al. 2024, arXiv
 2404.06654), after Gated DeltaNet's Table 2 (arXiv 2412.06464). There a decay forgets needles that
 are far, the delta rule remembers them while the noise is plain, and gating keeps noise of many
-words out of the state. Rows of training have 128 tokens; what is asked for lies up to 16 times as far.
+words out of the state. Rows of training have 128 tokens; what is asked for lies up to 16 times as
+far back.
 """
 
 from collections.abc import Callable
