@@ -1,14 +1,14 @@
 """Trained on segments of 4,096 tokens, read for 262,144: what a state carried in training is for.
 
     memtrain train experiments/segments.py                   # carried, two segments a step
-    memtrain train experiments/segments.py:alone             # every segment from an empty memory
+    memtrain train experiments/segments.py:alone             # every row from an empty memory
     memtrain evaluate runs/segments --task bpb --context 262144
 
 Three Gated DeltaNets and a window of 256 positions. A step reads a row of 8,192 tokens in two
 segments, with gradients through the state between them, and hands the state on to the next step
 (`train.carry="tbptt"`); the text is the standard library as one document, so that what was trained
-with has no end. `alone` reads as many segments, each from an empty memory: it has never met a state
-of more than 4,096 tokens. docs/results/segments.md compares them by position.
+with has no end. `alone` reads the same rows in the same order, each from an empty memory.
+docs/hybrids.md compares them by position.
 """
 
 import dataclasses
@@ -37,25 +37,21 @@ def carried() -> Experiment:
         ),
         data=DataConfig(path=("stdlib",), order="document", join_documents=True),
         train=TrainConfig(
-            num_steps=200,
-            batch_size=1,
+            num_steps=100,
+            batch_size=4,
             seq_len=2 * SEGMENT,
             carry="tbptt",
             tbptt_segments=2,
-            checkpoint_every_steps=100,
-            evaluate_every_steps=100,
+            checkpoint_every_steps=50,
+            evaluate_every_steps=50,
             evaluate_batches=4,
             log_every_steps=25,
         ),
-        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=30, schedule="cosine"),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=20, schedule="cosine"),
     )
 
 
 def alone() -> Experiment:
-    """As many tokens a step, of as many segments."""
     base = carried()
-    train = dataclasses.replace(
-        base.train, batch_size=2, seq_len=SEGMENT, carry="none", tbptt_segments=1
-    )
-    data = dataclasses.replace(base.data, order="packed")
-    return dataclasses.replace(base, name="segments-alone", train=train, data=data)
+    train = dataclasses.replace(base.train, carry="none", tbptt_segments=1)
+    return dataclasses.replace(base, name="segments-alone", train=train)
