@@ -140,7 +140,14 @@ def compile_train_step(experiment: Experiment, target: Target, vocab_size: int) 
             # Pallas asks the mesh of the context which GPU it lowers for.
             stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
         began = time.perf_counter()
-        traced = step.trace(*arguments)
+        try:
+            traced = step.trace(*arguments)
+        except ValueError as error:
+            if "cannot serve this call" not in str(error):
+                raise
+            raise BadInput(
+                f"--target {target.text}: {error}; name it in the layer (backend=) to plan with it"
+            ) from error
         platform = {"gpu": "cuda"}.get(target.device.platform, target.device.platform)
         try:
             compiled = traced.lower(lowering_platforms=(platform,)).compile()
@@ -171,7 +178,9 @@ def _as_on_target(experiment: Experiment, target: Target) -> Experiment:
     model, platform = experiment.model, target.device.platform
     if platform == "cpu":
         return experiment
-    backend = {"tpu": "tpu", "gpu": "hopper"}[platform]
+    # Hopper's own kernel is of narrow numbers: in float32 a run there takes XLA's.
+    on_gpu = "hopper" if model.dtypes.compute == "bfloat16" else "xla"
+    backend = {"tpu": "tpu", "gpu": on_gpu}[platform]
 
     def chosen(layer: Any) -> Any:
         if dataclasses.is_dataclass(layer) and getattr(layer, "backend", "") is None:

@@ -1,13 +1,17 @@
 """Targets, meshes, layouts: what is understood, and what is refused in one line."""
 
+import dataclasses
+
 import pytest
 
 from memtrain.config import Experiment
+from memtrain.description import Dtypes
 from memtrain.errors import BadInput
 from memtrain.layers import Attention, Block, ModelConfig, ProductKeyMemory
 from memtrain.memory.attention import AttentionConfig
 from memtrain.parallel.config import MeshConfig
 from memtrain.parallel.tokens import TokenSharding
+from memtrain.plan.compile import _as_on_target
 from memtrain.plan.layout import hops_of, tokens_of
 from memtrain.plan.target import check_mesh, parse_target
 from memtrain.train.config import TrainConfig
@@ -152,3 +156,16 @@ def test_where_a_ring_cannot_hide_heads_are_exchanged(
     found = TokenSharding.of(mesh, [layer], 64 * mesh.context, kind)
     assert found.strategy == strategy
     assert ("mesh.context_strategy=usp" in found.why) == (strategy == "usp")
+
+
+@pytest.mark.parametrize(
+    ("target", "compute", "backend"),
+    [("h200x1", "float32", "xla"), ("h200x1", "bfloat16", "hopper"), ("v5e:2x2", "float32", "tpu")],
+)
+def test_attention_is_planned_with_what_serves_its_dtype(target, compute, backend):
+    shape = experiment()
+    model = dataclasses.replace(shape.model, dtypes=Dtypes(compute=compute))
+    placed = _as_on_target(dataclasses.replace(shape, model=model), parse_target(target))
+    (block,) = placed.model.pattern
+    assert isinstance(block, Block) and block.mixer is not None
+    assert block.mixer.backend == backend  # type: ignore[attr-defined]
