@@ -85,8 +85,10 @@ class Export:
 
     run_: Annotated[Run, arg(name="run")]
     """The run directory."""
-    out: Annotated[Path, arg(metavar="MODEL.MTX", help_behavior_hint="(required)")]
+    out: Annotated[Path | None, arg(metavar="MODEL.MTX", help_behavior_hint="")] = None
     """The artifact to write, a folder."""
+    huggingface: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """In place of an artifact: a folder that transformers loads, where it has such a model."""
     step: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """The checkpoint to export: the newest valid one unless given."""
     dtype: Annotated[
@@ -98,24 +100,52 @@ class Export:
     """Print the result as one JSON object on stdout, and progress on stderr."""
 
     def run(self) -> dict[str, Any]:
+        if (self.out is None) == (self.huggingface is None):
+            what = "missing" if self.out is None else "only one of"
+            raise BadInput(f"{what} --out MODEL.MTX or --huggingface FOLDER")
+        if self.huggingface is not None and self.dtype is not None:
+            raise BadInput("--dtype: --huggingface writes parameters in the dtype of the run")
         run = existing(self.run_, "run")
         at_least("--step", self.step, 0)
         prepare()
+        if self.huggingface is not None:
+            from memtrain.interop.command import export_run
+
+            return export_run(run, self.huggingface.absolute(), step=self.step)
         from memtrain.decode.export import export
 
+        assert self.out is not None
         return export(run, self.out.absolute(), step=self.step, dtype=self.dtype)
 
     def show(self, result: dict[str, Any]) -> str:
-        """The checks, a line each: they are what an export is worth."""
-        lines = []
-        for dtype, found in result["checked"].items():
-            for name, numbers in found.items():
-                if isinstance(numbers, dict):
-                    lines.append(f"  {dtype}, {name.replace('_', ' ')}: {as_cell(numbers)}")
-                elif isinstance(numbers, float):
-                    lines.append(f"  {dtype}, {name.replace('_', ' ')}: {numbers:.3g}")
-        rest = as_text({k: v for k, v in result.items() if k != "checked"})
-        return "\n".join([rest, "checked against the training path", *lines])
+        return with_checks(result) if "checked" in result else as_text(result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Make an artifact of a Hugging Face model: docs/huggingface.md says of which."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER", help_behavior_hint="")]
+    """A folder with config.json, safetensors and, for text, tokenizer.json."""
+    out: Annotated[Path, arg(metavar="MODEL.MTX", help_behavior_hint="(required)")]
+    """The artifact to write, a folder."""
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        arg(metavar="float32|bfloat16", help_behavior_hint=""),
+    ] = None
+    """Of the stored parameters and matrix products: float32 unless given."""
+    json: Json = False
+    """Print the result as one JSON object on stdout, and progress on stderr."""
+
+    def run(self) -> dict[str, Any]:
+        folder = existing(self.folder, "folder")
+        prepare()
+        from memtrain.interop.command import import_model
+
+        return import_model(folder, self.out.absolute(), dtype=self.dtype)
+
+    def show(self, result: dict[str, Any]) -> str:
+        return with_checks(result)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +355,7 @@ class Doctor:
 COMMANDS: dict[str, type] = {
     "train": Train,
     "export": Export,
+    "import": Import,
     "generate": Generate,
     "evaluate": Evaluate,
     "report": Report,
@@ -388,6 +419,19 @@ def existing(path: Path, what: str) -> Path:
     if not path.is_dir():
         raise BadInput(f"{path} is a file: expected the folder of a {what}")
     return path.absolute()
+
+
+def with_checks(result: dict[str, Any]) -> str:
+    """An artifact's checks, a line each: they are what an export is worth."""
+    lines = []
+    for dtype, found in result["checked"].items():
+        for name, numbers in found.items():
+            if isinstance(numbers, dict):
+                lines.append(f"  {dtype}, {name.replace('_', ' ')}: {as_cell(numbers)}")
+            elif isinstance(numbers, float):
+                lines.append(f"  {dtype}, {name.replace('_', ' ')}: {numbers:.3g}")
+    rest = as_text({k: v for k, v in result.items() if k != "checked"})
+    return "\n".join([rest, "checked against the training path", *lines])
 
 
 def at_least(option: str, value: float | None, least: int) -> None:

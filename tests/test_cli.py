@@ -23,7 +23,7 @@ from memtrain.doctor import supported
 from memtrain.errors import BadInput, PeerLost, Preempted, StorageFailed
 
 
-COMMANDS = ["train", "export", "generate", "evaluate", "report", "plan", "doctor"]
+COMMANDS = ["train", "export", "import", "generate", "evaluate", "report", "plan", "doctor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,8 @@ assert not loaded, loaded
     assert all(command in overview for command in COMMANDS)
     wanted = {
         "train": "RECIPE --run-dir --set --seeds --json",
-        "export": "RUN --step --out --json",
+        "export": "RUN --step --out --huggingface --json",
+        "import": "FOLDER --out --dtype --json",
         "generate": "ARTIFACT --prompt --max-tokens --temperature --top-k --top-p --seed --without",
         "evaluate": "RUN|ARTIFACT --task --data --without --set --json",
         "report": "RUN --json",
@@ -112,7 +113,11 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ("train r.py --zzz", "unknown option --zzz; see memtrain train --help"),
         ("train r.py other.py", "unexpected 'other.py': give a value after its option"),
         ("train r.py --set", "--set needs a value"),
-        ("export run", "missing --out MODEL.MTX; see memtrain export --help"),
+        ("export run", "missing --out MODEL.MTX or --huggingface FOLDER"),
+        ("export run --out m --huggingface f", "only one of --out MODEL.MTX or --huggingface"),
+        ("export run --huggingface f --dtype float32", "--dtype: --huggingface writes parameters"),
+        ("import model", "missing --out MODEL.MTX; see memtrain import --help"),
+        ("import {tmp}/none --out {tmp}/m", "there is no folder {tmp}/none"),
         ("export run --out m --step x", "--step: expected a whole number, got 'x'"),
         ("export run --out m --step=x", "--step: expected a whole number, got 'x'"),
         ("generate a --prompt p --temprature 1", "unknown option --temprature: did you mean"),

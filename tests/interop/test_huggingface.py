@@ -320,7 +320,7 @@ TABLE = ProductKeyMemory(num_slots=16, num_heads=1, top_k=2, key_dim=4, value_di
             "layer 1, mixer: Attention with window=3 has no counterpart in mistral",
         ),
         (model(block(PLAIN, SwiGLU(hidden=9)), block(PLAIN)), "layer 1, ffn: .*hidden=12"),
-        (model(Block(mixer=PLAIN)), "layer 0 has no ffn: every layer of llama has one"),
+        (model(Block(mixer=PLAIN)), "layer 0, ffn: nothing has no counterpart in llama"),
         (
             model(Block(mixer=PLAIN, ffn=SwiGLU(), residual_gate=True)),
             "layer 0: residual_gate=True has no counterpart",
@@ -340,6 +340,14 @@ TABLE = ProductKeyMemory(num_slots=16, num_heads=1, top_k=2, key_dim=4, value_di
 def test_models_without_a_counterpart(config, said):
     with pytest.raises(BadInput, match=said):
         config_to_huggingface(config, VOCAB)
+
+
+def test_an_architecture_that_is_asked_for():
+    config = MODELS["llama"]
+    assert config_to_huggingface(config, VOCAB, architecture="mistral")["sliding_window"] is None
+    for name, said in (("jamba", "a jamba has Mamba1, and"), ("gpt2", "'gpt2' is not known")):
+        with pytest.raises(BadInput, match=said):
+            config_to_huggingface(config, VOCAB, architecture=name)
 
 
 def test_parameters_of_another_model(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from memtrain.description import LayerDescription
@@ -73,6 +74,11 @@ class Architecture:
     write: Callable[[Plain], Json]
     """The config of a model, of which it may take for granted what it does not say: what was
     written is read again and compared."""
+    mixers: tuple[type, ...]
+    """Descriptions that its layers may have in this place. All of `needs` occur somewhere."""
+    ffns: tuple[type, ...]
+    """The same; `NoneType` where a layer has none."""
+    needs: tuple[type, ...]
     rules: Callable[[Block, int], list[Rule]]
     """The tensors of a layer in a model of this width; ours are called `mixer.norm.scale`,
     `mixer.layer.query.weight`, `ffn.layer.gate.weight` and so on."""
@@ -118,6 +124,28 @@ def layer_types(keys: Keys, depth: int, known: Sequence[str], default: list[str]
             f"{keys.source}: layer_types names {len(kinds)} layers, num_hidden_layers is {depth}"
         )
     return kinds
+
+
+def named(kind: type) -> str:
+    """What recipes call a description of this kind."""
+    return "nothing" if kind is NoneType else kind.__name__.removesuffix("Config")
+
+
+def check_kinds(architecture: Architecture, blocks: Sequence[Block]) -> None:
+    """Raises BadInput, naming the layer, for a kind that the architecture does not have."""
+    for index, block in enumerate(blocks):
+        for place, known in (("mixer", architecture.mixers), ("ffn", architecture.ffns)):
+            kind = type(getattr(block, place))
+            if kind not in known:
+                raise BadInput(
+                    f"layer {index}, {place}: {named(kind)} has no counterpart in "
+                    f"{architecture.model_type}, which has {' or '.join(map(named, known))} there"
+                )
+        if block.residual_gate:
+            raise BadInput(f"layer {index}: residual_gate=True has no counterpart in transformers")
+    for kind in architecture.needs:
+        if not any(type(block.mixer) is kind for block in blocks):
+            raise BadInput(f"a {architecture.model_type} has {named(kind)}, and this model none")
 
 
 def attention_of(model: Plain) -> list[AttentionConfig]:

@@ -11,9 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memtrain.description import Dtypes, LayerDescription
+from memtrain.description import Dtypes
 from memtrain.errors import BadInput
-from memtrain.interop.huggingface.architecture import Architecture, Json, Plain, written_out
+from memtrain.interop.huggingface.architecture import (
+    Architecture,
+    Json,
+    Plain,
+    check_kinds,
+    named,
+    written_out,
+)
 from memtrain.interop.huggingface.folder import Tensors, read_config, write_folder
 from memtrain.interop.huggingface.jamba import JAMBA
 from memtrain.interop.huggingface.keys import Keys
@@ -73,11 +80,14 @@ def save(
     parameters: Mapping[str, Any],
     *,
     architecture: str | None = None,
-) -> None:
-    """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+    files: Mapping[str, bytes] | None = None,
+) -> Json:
+    """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads, and returns
+    its config.
 
     parameters: by name, as `load` gives them; they are written in their own dtype.
     architecture: a `model_type`, where the layers alone do not say it as they should.
+    files: more files by name, a tokenizer's.
 
     Raises BadInput, naming the layer, for a model that has no counterpart, and where the folder
     is not empty; StorageFailed where the disk refuses.
@@ -87,7 +97,8 @@ def save(
     chosen = ARCHITECTURES[content["model_type"]]
     tensors = _tensors(chosen, config, vocab_size, parameters)
     content |= {"dtype": str(np.dtype(parameters["embedding"].dtype))}
-    write_folder(Path(folder), content, tensors)
+    write_folder(Path(folder), content, tensors, files or {})
+    return content
 
 
 def config_to_huggingface(
@@ -103,11 +114,7 @@ def config_to_huggingface(
         blocks=tuple(written_out(block, config.dim) for block in blocks),
     )
     chosen = _known(architecture) if architecture else _architecture_of(plain)
-    for index, block in enumerate(blocks):
-        if block.residual_gate:
-            raise BadInput(f"layer {index}: residual_gate=True has no counterpart in transformers")
-        if chosen not in (MAMBA, MAMBA2) and block.ffn is None:
-            raise BadInput(f"layer {index} has no ffn: every layer of {chosen.model_type} has one")
+    check_kinds(chosen, blocks)
     content = {"model_type": chosen.model_type, "architectures": [chosen.class_name]}
     content |= chosen.write(plain)
     _, again = _read(content, f"the {chosen.model_type} of this model")
@@ -145,7 +152,8 @@ def _architecture_of(plain: Plain) -> Architecture:
     for index, block in enumerate(plain.blocks):
         if type(block.mixer) not in known:
             raise BadInput(
-                f"layer {index}, mixer: {_named(block.mixer)} has no counterpart in transformers"
+                f"layer {index}, mixer: {named(type(block.mixer))} has no counterpart in the "
+                f"architectures {', '.join(ARCHITECTURES)}"
             )
     if mixers == {AttentionConfig}:
         attention = [block.mixer for block in plain.blocks]
@@ -161,7 +169,7 @@ def _architecture_of(plain: Plain) -> Architecture:
         return JAMBA
     if mixers <= {GatedDeltaConfig, AttentionConfig}:
         return QWEN3_NEXT
-    names = " and ".join(sorted(kind.__name__.removesuffix("Config") for kind in mixers))
+    names = " and ".join(sorted(map(named, mixers)))
     raise BadInput(f"no architecture of transformers that memtrain knows has layers of {names}")
 
 
@@ -172,23 +180,19 @@ def _compare(index: int, ours: Block, theirs: Block, dim: int, model_type: str) 
         mine, other = getattr(ours, place), getattr(theirs, place)
         if mine == other:
             continue
-        where = f"layer {index}, {place}"
+        kind = named(type(mine))
         if type(mine) is not type(other):
             raise BadInput(
-                f"{where}: {_named(mine)} has no counterpart in {model_type}, which has "
-                f"{_named(other)} there"
+                f"layer {index}, {place}: {kind} has no counterpart in {model_type}, which would "
+                f"have {named(type(other))} there"
             )
         for field in dataclasses.fields(mine):
             a, b = getattr(mine, field.name), getattr(other, field.name)
             if a != b:
                 raise BadInput(
-                    f"{where}: {_named(mine)} with {field.name}={a!r} has no counterpart in "
-                    f"{model_type}, whose layer here would have {b!r}"
+                    f"layer {index}, {place}: {kind} with {field.name}={a!r} has no counterpart "
+                    f"in {model_type}, whose layer here would have {b!r}"
                 )
-
-
-def _named(layer: LayerDescription | None) -> str:
-    return "nothing" if layer is None else type(layer).__name__.removesuffix("Config")
 
 
 def _outer_rules(architecture: Architecture, config: ModelConfig) -> list[Rule]:

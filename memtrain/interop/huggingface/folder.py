@@ -78,15 +78,20 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def write_folder(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    files: Mapping[str, bytes],
 ) -> None:
-    """Writes both, all or nothing. Raises BadInput unless nothing, or an empty folder, is there,
+    """Writes all, or nothing. Raises BadInput unless nothing, or an empty folder, is there,
     and StorageFailed where the disk refuses."""
     check_free(folder)
     try:
         with _beside(folder) as new:
             (new / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
             _write_tensors(new, tensors)
+            for name, more in files.items():
+                (new / name).write_bytes(more)
             if folder.exists():
                 folder.rmdir()
             os.rename(new, folder)

@@ -143,6 +143,9 @@ JAMBA = Architecture(
     class_name="JambaForCausalLM",
     read=read,
     write=write,
+    mixers=(AttentionConfig, Mamba1Config),
+    ffns=(SwiGLUConfig, MoEConfig),
+    needs=(AttentionConfig, Mamba1Config),
     rules=_rules,
     names=Names(final_norm="model.final_layernorm.weight"),
 )

@@ -5,6 +5,8 @@ Layouts after `transformers` 5.23 (Apache-2.0): `modeling_mamba.py`, `modeling_m
 
 from __future__ import annotations
 
+from types import NoneType
+
 from memtrain.errors import BadInput
 from memtrain.interop.huggingface.architecture import (
     Architecture,
@@ -203,6 +205,9 @@ MAMBA = Architecture(
     class_name="MambaForCausalLM",
     read=read_mamba,
     write=write_mamba,
+    mixers=(Mamba1Config,),
+    ffns=(NoneType,),
+    needs=(Mamba1Config,),
     rules=_mamba_rules,
     names=NAMES,
 )
@@ -211,6 +216,9 @@ MAMBA2 = Architecture(
     class_name="Mamba2ForCausalLM",
     read=read_mamba2,
     write=write_mamba2,
+    mixers=(Mamba2Config,),
+    ffns=(NoneType,),
+    needs=(Mamba2Config,),
     rules=_mamba2_rules,
     names=NAMES,
 )

@@ -166,6 +166,9 @@ LLAMA = Architecture(
     class_name="LlamaForCausalLM",
     read=read_llama,
     write=write_llama,
+    mixers=(AttentionConfig,),
+    ffns=(SwiGLUConfig,),
+    needs=(AttentionConfig,),
     rules=_rules,
 )
 MISTRAL = Architecture(
@@ -173,6 +176,9 @@ MISTRAL = Architecture(
     class_name="MistralForCausalLM",
     read=read_mistral,
     write=write_mistral,
+    mixers=(AttentionConfig,),
+    ffns=(SwiGLUConfig,),
+    needs=(AttentionConfig,),
     rules=_rules,
 )
 QWEN3 = Architecture(
@@ -180,5 +186,8 @@ QWEN3 = Architecture(
     class_name="Qwen3ForCausalLM",
     read=read_qwen3,
     write=write_qwen3,
+    mixers=(AttentionConfig,),
+    ffns=(SwiGLUConfig,),
+    needs=(AttentionConfig,),
     rules=_rules,
 )
