@@ -1,7 +1,7 @@
 """Multi-query associative recall against the bytes of a model's state.
 
     memtrain train experiments/mqar_state.py:gated_delta     # full, window, mamba2, delta, hybrid
-    python experiments/mqar_state.py                         # the study of docs/results
+    python experiments/mqar_state.py                         # the study
 
 Two layers of width 64 and nothing else read 64 tokens: 16 pairs, then questions (Zoology, Arora et
 al. 2023, arXiv 2312.04927). What a layer keeps is what it can answer from: `full` attention keeps

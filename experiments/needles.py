@@ -3,7 +3,7 @@
     memtrain train experiments/needles.py:gated_delta        # mamba2, delta, window, hybrid
     memtrain evaluate runs/needles-gated-delta --task associative --context 2048 \\
         --set data.associative.min_distance=1024 --set data.associative.max_distance=2046
-    python experiments/needles.py                            # the study of docs/results
+    python experiments/needles.py                            # the study
     python experiments/needles.py --noise 8                  # and of noise that says little
 
 One pair of key and value stands at the beginning of a row, noise follows, and in it the key comes

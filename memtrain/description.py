@@ -83,6 +83,8 @@ class TableSpec:
 class LayerDescription:
     """Base of everything that can stand in a block's mixer or feed-forward place."""
 
+    label: ClassVar[str | None] = None
+    """What plans and --without call the layer; its type's name in snake case where None."""
     split: ClassVar[tuple[str, ...]] = ()
     """Fields that count what a mesh's tensor axis splits: heads, hidden units."""
 

@@ -54,7 +54,7 @@ def cut_pieces(held_out: HeldOut, length: int, max_tokens: int, *, whole: bool =
     """Pieces of `length` tokens, a shorter one at the end of each document.
 
     If all hold more than `max_tokens`, as many as fit are taken at even distances from each other;
-    whole: of the pieces that are `length` tokens long, where there are so many.
+    whole: pieces that are `length` tokens long come first.
     """
     places = [
         (document, begin)
@@ -64,9 +64,10 @@ def cut_pieces(held_out: HeldOut, length: int, max_tokens: int, *, whole: bool =
     most = max(1, max_tokens // length)
     taken = places
     if len(places) > most:
-        long = [(d, b) for d, b in places if b + length < len(held_out.tokens(d))]
-        among = long if whole and len(long) >= most else places
-        taken = [among[int((i + 0.5) * len(among) / most)] for i in range(most)]
+        long = [(d, b) for d, b in places if whole and b + length < len(held_out.tokens(d))]
+        first = _spread(long, min(most, len(long)))
+        rest = sorted(set(places) - set(first))
+        taken = sorted([*first, *_spread(rest, most - len(first))])
     tokens = np.zeros((len(taken), length), np.int32)
     targets, valid = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
     for row, (document, begin) in enumerate(taken):
@@ -75,6 +76,11 @@ def cut_pieces(held_out: HeldOut, length: int, max_tokens: int, *, whole: bool =
         tokens[row, :count], targets[row, :count], valid[row, :count] = text[:-1], text[1:], True
     where = np.array(taken, np.int64).reshape(-1, 2)
     return Pieces(tokens, targets, valid, where[:, 0], where[:, 1], len(places))
+
+
+def _spread(places: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """So many of them, at even distances."""
+    return [places[int((i + 0.5) * len(places) / count)] for i in range(count)]
 
 
 def bytes_per_token(pieces: Pieces, held_out: HeldOut) -> float:

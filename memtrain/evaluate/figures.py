@@ -354,6 +354,8 @@ def expert_use(lines: Sequence[Line]) -> Figure | None:
         for index, layer in enumerate(layers):
             name = f"memory/{layer}.{metric}"
             rows = [(x["tokens"], x[name]) for x in lines if x.get(name) is not None]
+            if not rows:
+                continue
             x, y = np.array(rows, float).T
             colour = PALETTE[index % len(PALETTE)]
             panel.plot(x, smoothed(y, 5), color=colour)
@@ -373,11 +375,11 @@ def expert_use(lines: Sequence[Line]) -> Figure | None:
 
 def routed_layers(lines: Sequence[Line]) -> list[str]:
     """`LAYER.PLACE` of the mixtures of experts that a run's lines tell of, in order of depth."""
-    end = ".router_entropy"
-    names = {
-        n.removeprefix("memory/").removesuffix(end) for x in lines for n in x if n.endswith(end)
-    }
-    return sorted(names, key=lambda name: int(name.split(".")[0]))
+    begin, end = "memory/", ".router_entropy"
+    # Evaluations report the same under "validation/".
+    names = {n for line in lines for n in line if n.startswith(begin) and n.endswith(end)}
+    layers = [name.removeprefix(begin).removesuffix(end) for name in names]
+    return sorted(layers, key=lambda layer: int(layer.split(".")[0]))
 
 
 @styled

@@ -269,25 +269,20 @@ def _experts(page: Page, images: dict[str, bytes], lines: list[dict]) -> None:
     )
     page.image(images["experts"], "Load of the busiest expert and entropy of the router")
     columns = ["layer", "busiest expert", "experts used", "balance loss", "router entropy"]
+    formats = {"load_max": ".2f", "experts_used": ".0%", "balance": ".3f", "router_entropy": ".2f"}
     rows = [
-        [
-            layer,
-            f"{found['load_max']:.2f}",
-            f"{100 * found['experts_used']:.0f}%",
-            f"{found['balance']:.3f}",
-            f"{found['router_entropy']:.2f}",
-        ]
+        [layer, *(format(found[n], style) if n in found else "-" for n, style in formats.items())]
         for layer, found in experts_of(lines).items()
     ]
     page.table(columns, rows, numbers=(1, 2, 3, 4))
 
 
 def experts_of(lines: list[dict]) -> dict[str, dict[str, float]]:
-    """What a run's newest lines say of each mixture of experts; see `memtrain.model.moe`."""
-    newest = {name: value for line in lines for name, value in line.items()}
+    """The newest numbers of each mixture of experts in a run's lines; see `memtrain.model.moe`."""
+    newest = {n: value for line in lines for n, value in line.items() if value is not None}
     metrics = ("load_max", "experts_used", "balance", "router_entropy")
     return {
-        layer: {metric: newest[f"memory/{layer}.{metric}"] for metric in metrics}
+        layer: {m: newest[name] for m in metrics if (name := f"memory/{layer}.{m}") in newest}
         for layer in figures.routed_layers(lines)
     }
 

@@ -86,6 +86,7 @@ def _bits(
         "bits_per_byte": bits.mean_bits(nll, pieces.valid, per_token),
         "files": len(held_out),
         "context": subject.context,
+        "longest_piece": int(pieces.valid.sum(axis=1).max()),
         "tokens": pieces.num_targets,
         "tokens_held_out": held_out.documents.num_tokens,
         "bytes_per_token": per_token,

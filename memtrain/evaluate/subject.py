@@ -120,17 +120,21 @@ class Subject:
         than it was trained on: what was held out then may have been learned since.
         """
         train, data = self.experiment.train, self.experiment.data
+
+        def build(seq_len: int) -> TextPipeline | GeneratedPipeline:
+            return build_pipeline(
+                data, seq_len=seq_len, batch_size=train.batch_size, seed=train.seed
+            )
+
         # Rows of a generated task are as long as is asked for; pieces of text are cut from it.
-        longer = self.context_tokens if data.generated else None
-        pipeline = build_pipeline(
-            data,
-            seq_len=longer or train.seq_len,
-            batch_size=train.batch_size,
-            seed=train.seed,
-        )
-        if self.fingerprint is not None and longer is None:
+        length = train.seq_len
+        if data.generated and self.context_tokens is not None:
+            length = self.context_tokens
+        pipeline = build(length)
+        if self.fingerprint is not None:
+            trained = pipeline if length == train.seq_len else build(train.seq_len)
             try:
-                check_fingerprint(self.fingerprint, pipeline.fingerprint())
+                check_fingerprint(self.fingerprint, trained.fingerprint())
             except BadInput as error:
                 raise BadInput(
                     f"{self.path}: {error}; or measure on other text with --data"
@@ -163,6 +167,11 @@ class Subject:
     def need_tokenizer(self, task: str) -> Tokenizer:
         if self.tokenizer is None:
             other = " or ".join(f"--task {name}" for name in self.experiment.data.generated)
+            if not other:
+                raise BadInput(
+                    f"--task {task}: {self.path} has no tokenizer, and reads no text: import it "
+                    "from a folder with a tokenizer.json"
+                )
             raise BadInput(
                 f"--task {task}: {self.path} was trained on a generated task, whose tokens are "
                 f"numbers and no text: take {other}"

@@ -78,6 +78,8 @@ class AttentionConfig(LayerDescription):
         above_zero(self, "", "rope_theta")
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ValueError(f"rotary_dim={self.rotary_dim}: it takes an even number, 2 or more")
+        if self.rotary_dim is not None and self.rope_theta is None:
+            raise ValueError(f"rotary_dim={self.rotary_dim}: rope_theta=None rotates nothing")
         if self.backend is not None and self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r}: there are {', '.join(BACKENDS)}")
         kv_heads = self.num_kv_heads or self.num_heads

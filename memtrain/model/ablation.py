@@ -25,8 +25,10 @@ def layer_label(layer: LayerDescription) -> str:
     """`attention`, `window`, `bank`, or the type in snake case without "Config" and "Memory"."""
     if isinstance(layer, AttentionConfig) and not isinstance(layer, BankMemoryConfig):
         return "attention" if layer.window is None else "window"
+    if layer.label is not None:
+        return layer.label
     name = type(layer).__name__.removesuffix("Config").removesuffix("Memory")
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", name or type(layer).__name__).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name or type(layer).__name__).lower()
 
 
 def memory_names(config: ModelConfig) -> dict[str, list[tuple[int, str]]]:

@@ -16,6 +16,7 @@ from memtrain.memory.primitives import Linear
 class SwiGLUConfig(LayerDescription):
     """Description of `SwiGLU`."""
 
+    label = "swiglu"
     split = ("hidden",)
 
     hidden: int | None = None

@@ -21,6 +21,7 @@ from memtrain.description import BuildContext, LayerDescription, at_least
 from memtrain.memory.primitives import Linear
 from memtrain.memory.protocol import Aux, Context, Memory, State
 from memtrain.model.feed_forward import SwiGLU, SwiGLUConfig, hidden_units
+from memtrain.parallel.config import MeshConfig
 from memtrain.parallel.sharding import split_here
 from memtrain_kernels import assign, grouped_matmul
 
@@ -28,6 +29,8 @@ from memtrain_kernels import assign, grouped_matmul
 @dataclass(frozen=True)
 class MoEConfig(LayerDescription):
     """Description of `MoE`."""
+
+    label = "moe"
 
     num_experts: int
     top_k: int
@@ -66,6 +69,13 @@ class MoEConfig(LayerDescription):
     @property
     def split(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("hidden", "shared_hidden") if self.parallel == "hidden" else ("shared_hidden",)
+
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        if self.parallel == "experts" and self.num_experts % mesh.tensor:
+            raise ValueError(
+                f"num_experts={self.num_experts}: mesh.tensor={mesh.tensor} does not divide it; "
+                "parallel='hidden' splits every expert instead"
+            )
 
     def build(self, context: BuildContext, *, rngs: nnx.Rngs) -> MoE:
         return MoE(self, context, rngs=rngs)

@@ -101,6 +101,8 @@ def test_a_part_of_the_text_is_spread_evenly(subject):
     long = 1500  # tokens: a file has one such piece, and the rest
     assert not bits.cut_pieces(held_out, long, long * len(held_out)).valid.all()
     assert bits.cut_pieces(held_out, long, long * len(held_out), whole=True).valid.all()
+    more = bits.cut_pieces(held_out, long, long * (len(held_out) + 1), whole=True)
+    assert more.valid.all(axis=1).sum() == len(held_out) == len(more.tokens) - 1
     history, wanted = some.in_bytes(held_out)[3]
     content, begin = held_out.content(int(some.document[3])), int(some.begin[3])
     assert content[begin + 1 :].startswith(wanted.tobytes())
@@ -158,7 +160,10 @@ def test_a_context_longer_than_training(run, subject, corpus):
     """Pieces of four rows: the hits are those of a whole forward pass that knows as much before."""
     length = 4 * SEQ_LEN
     found = evaluate(run, task="bpb", context=length, max_tokens=2 * length)
-    assert found["context"] == length and found["by_position"][-1]["to"] == length
+    assert (
+        found["context"] == found["longest_piece"] == length
+        and found["by_position"][-1]["to"] == length
+    )
     held_out = subject.held_out()
     pieces = bits.cut_pieces(held_out, length, 2 * length, whole=True)
     logp = direct_logits(run, pieces.tokens)

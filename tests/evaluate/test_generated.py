@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from memtrain.data.config import AssociativeTask, CopyTask, FactsTask, MqarTask
+from memtrain.data.config import AssociativeTask, CopyTask, DataConfig, FactsTask, MqarTask
 from memtrain.errors import BadInput
 from memtrain.evaluate import generated
 from memtrain.evaluate.report import report
@@ -50,6 +50,15 @@ def test_other_facts_than_were_taught_are_asked_for(facts_run):
     ):
         with pytest.raises(BadInput, match=message):
             evaluate(facts_run, task="facts", settings=[setting])
+
+
+def test_a_model_without_a_tokenizer_reads_no_text(facts_run):
+    """As `memtrain import` makes one of a folder that has none."""
+    subject = Subject.open(facts_run)
+    experiment = dataclasses.replace(subject.experiment, data=DataConfig())
+    imported = dataclasses.replace(subject, experiment=experiment)
+    with pytest.raises(BadInput, match=r"has no tokenizer, and reads no text: import it from"):
+        imported.need_tokenizer("bpb")
 
 
 def test_rows_of_another_length(facts_run):

@@ -12,10 +12,11 @@ import pytest
 
 from memtrain.errors import BadInput
 from memtrain.evaluate import figures
+from memtrain.evaluate import page as pages
 from memtrain.evaluate.baselines import MarkovModels, xz_bits_per_byte
 from memtrain.evaluate.measure import Budget
 from memtrain.evaluate.plots import spread
-from memtrain.evaluate.report import experts_of, report
+from memtrain.evaluate.report import _experts, experts_of, report
 from memtrain.evaluate.run import evaluate
 from memtrain.evaluate.subject import Subject
 
@@ -215,7 +216,8 @@ def test_experts_are_drawn_and_told():
         at = {"step": step, "tokens": 10 * step}
         for layer in (10, 2):
             at |= {f"memory/{layer}.ffn.{m}": layer + step + i / 8 for i, m in enumerate(metrics)}
-        lines.append(at)
+        lines += [at, {f"validation/{n}": v for n, v in at.items() if n.startswith("memory/")}]
+    lines.append({"step": 4, "tokens": 40, "memory/2.ffn.balance": None})  # a skipped step
     found = experts_of(lines)
     assert list(found) == ["2.ffn", "10.ffn"]
     assert found["10.ffn"] == {m: 13 + i / 8 for i, m in enumerate(metrics)}
@@ -223,4 +225,7 @@ def test_experts_are_drawn_and_told():
     assert figure is not None
     drawn = [line.get_xydata().tolist() for line in figure.axes[0].lines]  # type: ignore[union-attr]
     assert [row[0] for row in drawn[0]] == [10, 20, 30] and len(drawn) == 3
+    page = pages.Page("Experts")
+    _experts(page, {"experts": b""}, lines)
+    assert "2.ffn" in page.render() and "13.250" in page.render()
     assert figures.expert_use(lines[:1]) is None and experts_of(lines[:1]) == {}

@@ -268,6 +268,49 @@ def test_a_tensor_of_another_shape_or_kind(llama, tmp_path):
         load(bad)
 
 
+def test_a_convolution_of_another_shape(tmp_path):
+    """One dimension less, and more channels than it has: neither is read as something else."""
+    save(tmp_path / "mamba", MODELS["mamba"], drawn(MODELS["mamba"]))
+    name = "backbone.layers.0.mixer.conv1d.weight"
+    for number, shape in enumerate(((16, 4), (16, 2, 4))):
+        changed = {name: np.zeros(shape, np.float32)}
+        bad = spoiled(tmp_path / "mamba", tmp_path / str(number), changed)
+        with pytest.raises(BadInput, match=rf"{name} is .*, the config asks for \[16, 1, 4\]"):
+            load(bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "least"),
+    [
+        ("llama", "num_attention_heads", 1),
+        ("llama", "num_hidden_layers", 1),
+        ("mistral", "head_dim", 1),
+        ("jamba", "attn_layer_period", 1),
+        ("qwen3_next", "full_attention_interval", 1),
+        ("qwen3_next", "decoder_sparse_step", 1),
+    ],
+)
+def test_numbers_of_nothing(name, key, least):
+    content = config_to_huggingface(MODELS[name], VOCAB)
+    with pytest.raises(BadInput, match=f"{key}=0: it takes {least} or more"):
+        config_from_huggingface(content | {key: 0})
+
+
+def test_choices_without_effect_on_logits_are_exported():
+    """How a model was sharded, balanced, begun and run."""
+    plain = MODELS["jamba"]
+    attention = dataclasses.replace(JAMBA_ATTENTION, backend="xla")
+    mixture = dataclasses.replace(EXPERTS, parallel="experts", balance_loss=0.5, z_loss=0.1)
+    chosen = (block(JAMBA_MAMBA), block(attention, mixture), block(JAMBA_MAMBA))
+    chosen = dataclasses.replace(plain, pattern=chosen)
+    assert config_to_huggingface(chosen, VOCAB) == config_to_huggingface(plain, VOCAB)
+
+
+def test_a_mamba_with_feed_forward_layers_names_them():
+    with pytest.raises(BadInput, match="layer 0, ffn: SwiGLU"):
+        config_to_huggingface(model(block(Mamba1(state_dim=3, step_rank=2))), VOCAB)
+
+
 def test_tensors_that_are_computed_or_copies_are_left(tmp_path):
     save(tmp_path / "tied", MODELS["mistral"], drawn(MODELS["mistral"]))
     more = {

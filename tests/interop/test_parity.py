@@ -175,9 +175,10 @@ def test_what_we_write_is_loaded_by_transformers(case, oracle, tmp_path):
     drawn = Skeleton.of(case.config, case.vocab_size).init(jax.random.key(1))
     rng = np.random.default_rng(2)
     parameters = {
-        n: np.asarray(a) + 0.2 * rng.standard_normal(a.shape, np.float32) * np.std(a + 0.5)
+        n: np.asarray(a) + 0.1 * rng.standard_normal(a.shape, np.float32) * (np.std(a) + 0.5)
         for n, a in drawn.items()
     }
+    assert all((parameters[n] != a).any() for n, a in drawn.items())
     save(tmp_path / name, case.config, parameters)
     logits, said = oracle.reads(tmp_path / name, case.tokens)
     assert said == {}

@@ -14,6 +14,7 @@ from memtrain.layers import Block, ModelConfig, MoE
 from memtrain.memory import Context
 from memtrain.model.flops import forward_flops
 from memtrain.model.language_model import LanguageModel
+from memtrain.parallel.config import MeshConfig
 from memtrain.parallel.sharding import Split, partition_spec
 from memtrain.testing import LAWS, check_laws
 from memtrain.testing.placing import mesh_of_sizes
@@ -164,6 +165,12 @@ def test_what_the_tensor_axis_splits():
         axes = gate.get_metadata("logical_axes")
         assert partition_spec(axes, mesh, gate.shape) == PartitionSpec(*stored)
         assert Split(mesh).gathered(axes, gate.shape) == PartitionSpec(*used)
+
+
+def test_a_mesh_that_does_not_divide_whole_experts_is_refused():
+    with pytest.raises(ValueError, match=r"num_experts=6: mesh.tensor=4 does not divide it"):
+        WHOLE.check_mesh(MeshConfig(tensor=4))
+    PLAIN.check_mesh(MeshConfig(tensor=4))
 
 
 def test_flops_are_those_of_the_chosen_experts():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -54,7 +53,9 @@ def outer(rows: Array, d_out: Array, sizes: Array, dtype) -> Array:
         mine = _own_rows(visits, first, group, length)
         x = lax.dynamic_slice_in_dim(rows, first, length)
         dy = lax.dynamic_slice_in_dim(d_out, first, length)
-        own = jnp.matmul(jnp.where(mine, x, 0).T, dy, preferred_element_type=dtype)
+        # Both: what is no number in a row of another would be none times nothing either.
+        x, dy = jnp.where(mine, x, 0), jnp.where(mine, dy, 0)
+        own = jnp.matmul(x.T, dy, preferred_element_type=dtype)
         before = lax.dynamic_index_in_dim(total, group, keepdims=False)
         return lax.dynamic_update_index_in_dim(total, before + own, group, 0)
 
@@ -98,9 +99,10 @@ def _loop(visits: _Visits, visit, start: Array, *operands: Array) -> Array:
     if current_target().platform == "cpu":
         return lax.fori_loop(jnp.zeros_like(visits.count), visits.count, visit, start)
 
-    # A count that the host must wait for at every turn costs more than visits in vain.
+    # A count that the host must wait for at every turn costs more than visits in vain, of which no
+    # row is the group's.
     def step(carry, i):
-        return jax.lax.cond(i < visits.count, lambda c: visit(i, c), lambda c: c, carry), None
+        return visit(i, carry), None
 
     steps = vary_as(jnp.arange(len(visits.tile)), start)
     return lax.scan(step, start, steps)[0]

@@ -194,7 +194,8 @@ def _written_out(layer: LayerDescription, dim: int) -> LayerDescription:
     if isinstance(layer, SwiGLUConfig):
         return given(hidden=layer.hidden or hidden_units(dim))
     if isinstance(layer, MoEConfig):
-        return given(hidden=layer.hidden or hidden_units(dim), balance_loss=0.0, z_loss=0.0)
+        hidden = layer.hidden or hidden_units(dim)
+        return given(hidden=hidden, balance_loss=0.0, z_loss=0.0, parallel="hidden")
     if isinstance(layer, Mamba1Config):
         return given(step_rank=layer.step_rank or -(-dim // 16))
     if isinstance(layer, GatedDeltaConfig):

@@ -51,7 +51,7 @@ def read(keys: Keys) -> Plain:
     mixture = dense if number == 1 else MoEConfig(number, top_k, hidden, normalize=False)
 
     def every(period: str, offset: str, defaults: tuple[int, int]) -> list[bool]:
-        p, o = keys.integer(period, defaults[0]), keys.integer(offset, defaults[1])
+        p, o = keys.integer(period, defaults[0]), keys.integer(offset, defaults[1], least=0)
         if not 0 <= o < p:
             raise BadInput(f"{keys.source}: {offset}={o} is no place in {period}={p} layers")
         return [i % p == o for i in range(depth)]

@@ -52,10 +52,12 @@ class Keys:
             raise BadInput(f"{self.source}: {name} is missing")
         return default
 
-    def integer(self, name: str, default: Any = _REQUIRED) -> int:
+    def integer(self, name: str, default: Any = _REQUIRED, *, least: int = 1) -> int:
         value = self._take(name, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise BadInput(f"{self.source}: {name}={value!r}: expected a whole number")
+        if value < least:
+            raise BadInput(f"{self.source}: {name}={value}: it takes {least} or more")
         return value
 
     def integer_or_null(self, name: str, default: int) -> int | None:

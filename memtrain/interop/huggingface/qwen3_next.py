@@ -81,7 +81,7 @@ def read(keys: Keys) -> Plain:
 
 
 def _read_mixture(keys: Keys) -> MoEConfig | None:
-    number = keys.integer("num_experts", 512)
+    number = keys.integer("num_experts", 512, least=0)
     made = {
         "top_k": keys.integer("num_experts_per_tok", 10),
         "hidden": keys.integer("moe_intermediate_size", 512),

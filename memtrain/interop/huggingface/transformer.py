@@ -121,7 +121,7 @@ def read_qwen3(keys: Keys) -> Plain:
     window = keys.integer_or_null("sliding_window", 4096)
     if not keys.flag("use_sliding_window", False):
         window = None
-    full_layers = keys.integer("max_window_layers", 28)
+    full_layers = keys.integer("max_window_layers", 28, least=0)
     kinds = layer_types(
         keys,
         depth,
