@@ -29,6 +29,7 @@ from memtrain.data.tokenizer import Tokenizer, load_tokenizer
 from memtrain.decode.cache_spec import cache_spec
 from memtrain.decode.golden import Golden
 from memtrain.errors import ArtifactError, BadInput, StorageFailed
+from memtrain.files import folder_beside
 from memtrain.model.ablation import memory_names
 from memtrain.model.language_model import LanguageModel
 from memtrain.model.unstacked import Unstacked, abstract_model, from_tensors, stack_model
@@ -71,7 +72,7 @@ def write_artifact(
     """
     out = Path(out)
     check_free(out)
-    with _storage(out), _beside(out) as folder:
+    with _storage(out), folder_beside(out) as folder:
         _write_json(folder / "config.json", to_dict(experiment))
         abstract = abstract_model(experiment.model, vocab_size)
         _write_json(folder / "cache_spec.json", cache_spec(abstract))
@@ -333,17 +334,6 @@ def check_free(out: Path) -> None:
         if _is_folder(out) and json.loads((out / MANIFEST).read_bytes())["format"] == FORMAT:
             return
     raise BadInput(f"--out {out}: is there already and is no artifact: it is not overwritten")
-
-
-@contextlib.contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A new folder next to `out`, on the same disk, that is gone in the end."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".writing", dir=out.parent))
-    try:
-        folder.chmod(0o755)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

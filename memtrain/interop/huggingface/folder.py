@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from memtrain.errors import BadInput, StorageFailed
+from memtrain.files import folder_beside
 
 
 CONFIG = "config.json"
@@ -87,7 +86,7 @@ def write_folder(
     and StorageFailed where the disk refuses."""
     check_free(folder)
     try:
-        with _beside(folder) as new:
+        with folder_beside(folder) as new:
             (new / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
             _write_tensors(new, tensors)
             for name, more in files.items():
@@ -131,17 +130,6 @@ def _write_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A new folder on the same disk, that is gone in the end unless it was moved."""
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".writing", dir=folder.parent))
-    try:
-        new.chmod(0o755)
-        yield new
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _read_json(file: Path, hint: str) -> dict[str, Any]:
